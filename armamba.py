@@ -1,0 +1,1030 @@
+"""ARM, autoregressive pretraining of Mamba for images, in one file that needs nothing but PyTorch.
+
+The claim: Mamba reads a sequence in one direction, so it can be pretrained the way language models are, by
+predicting what comes next, with no mask and no second pass. For images the unit that works is not the pixel or
+the patch but the *cluster*, a square of neighbouring patches: from all clusters so far, predict the next one.
+
+Sources, cited below as [ARM 3.2] and so on:
+    [ARM]    Ren et al., "Autoregressive Pretraining with Mamba in Vision", ICLR 2025, arXiv 2406.07537
+    [Mamba]  Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752
+    [MAE]    He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 2111.06377
+
+Letters in shape comments; sizes are lower case, the matrices of the state space model upper case:
+    b   images in the batch             l   tokens in the sequence
+    d   channels (d_model = d_inner)    n   state size per channel, `d_state`
+    g   scan directions, or groups      p   patch side in pixels, `patch_size`
+    s   cluster side in patches         c   colours, `channels`
+    A B C D   the state space model's matrices; `A_log` stores log(-A)
+    u h y z   input, state, output and gate of the scan; `delta` its step size (dt_ in inherited names)
+
+Read from top to bottom: configuration; patches, clusters, positions; the selective scan (a loop to read, a fast
+one, a kernel, one entry point); mixer and block; VisionMamba, the one encoder of both stages; ARM, the objective;
+released checkpoints. Not here: data, optimiser and loops (train.py, finetune.py), text, video, complex states,
+generation with a cached state, a mixer wider than the model (expand = 1).
+"""
+
+import argparse
+import functools
+import logging
+import math
+import re
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+ORDERS = ("row", "row-reversed", "column", "random")
+log = logging.getLogger("armamba")
+
+
+def _require(ok: bool, message: str) -> None:
+    """User mistakes are ValueErrors that name the value, the rule and the fix; internal invariants are asserts."""
+    if not ok:
+        raise ValueError(message)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass(frozen=True)
+class ARMConfig:
+    """Everything that decides the shape of a model and its objective. The defaults are the paper's base model.
+
+    Args:
+        image_size: pixels, one number or (height, width); patch_size must divide it.
+        channels: colours of the image.
+        patch_size: pixels per side of a patch, the token of the encoder.
+        cluster_size: patches per side of a cluster, the unit that is predicted [ARM 3.2].
+        d_model, depth: width and number of blocks of the encoder.
+        d_state, d_conv: state size per channel; length of the short causal convolution [Mamba 3.4].
+        decoder_dim, decoder_depth: width and number of blocks of the decoder.
+        taps: the encoder blocks (counted from 1) whose outputs the decoder reads, one per decoder block and the last
+            always `depth`; by default evenly spaced from depth/2 to depth.
+        order: of the clusters: "row" (raster), "row-reversed", "column", or "random", fixed by `order_seed`.
+        norm_pix: predict each patch minus its mean and over its standard deviation [MAE 3].
+    """
+
+    image_size: int | tuple[int, int] = 192
+    channels: int = 3
+    patch_size: int = 16
+    cluster_size: int = 4
+    d_model: int = 768
+    depth: int = 12
+    d_state: int = 16
+    d_conv: int = 4
+    decoder_dim: int = 512
+    decoder_depth: int = 4
+    taps: tuple[int, ...] | None = None
+    order: str = "row"
+    order_seed: int = 0
+    norm_pix: bool = True
+
+    def __post_init__(self):
+        size = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
+        _require(len(size) == 2, f"image_size {size} must be one number or (height, width)")
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.type is int and f.name != "order_seed"}
+        for name, value in {"image_size": size[0], "image_size (width)": size[1], **numbers}.items():
+            _require(type(value) is int and value > 0, f"{name} {value!r} must be a positive integer")
+        p, depth, blocks = self.patch_size, self.depth, self.decoder_depth
+        fits = size[0] % p == 0 and size[1] % p == 0
+        _require(fits, f"image_size {size} is not divisible by patch_size {p}: change one of them")
+        for name in ("d_model", "decoder_dim"):
+            _require(
+                numbers[name] % 4 == 0, f"{name} {numbers[name]} must be divisible by 4, for sine-cosine positions"
+            )
+        heads = self.decoder_heads
+        _require(self.decoder_dim % heads == 0, f"decoder_dim {self.decoder_dim} is not divisible by its {heads} heads")
+        _require(self.order in ORDERS, f"order {self.order!r} is unknown: choose one of {', '.join(ORDERS)}")
+        _require(blocks <= depth, f"decoder_depth {blocks} taps as many of only {depth} encoder blocks: lower it")
+        first, gaps = min(max(1, depth // 2), depth - blocks + 1), max(1, blocks - 1)
+        taps = self.taps or [first + i * (depth - first) // gaps for i in range(blocks - 1)] + [depth]
+        increasing = len(taps) == blocks and list(taps) == sorted(set(taps)) and taps[0] >= 1 and taps[-1] == depth
+        _require(
+            increasing, f"taps {taps} must be {blocks} block numbers (decoder_depth), rising from 1, the last {depth}"
+        )
+        object.__setattr__(self, "image_size", size)
+        object.__setattr__(self, "taps", tuple(taps))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def n_clusters(self) -> int:
+        return math.prod(side // self.cluster_size for side in self.grid)
+
+    @property
+    def dt_rank(self) -> int:
+        return math.ceil(self.d_model / 16)
+
+    @property
+    def decoder_heads(self) -> int:
+        return max(1, self.decoder_dim // 64)
+
+
+VARIANTS = {
+    "micro": ARMConfig(d_model=64, depth=4, decoder_dim=64, decoder_depth=2),  # for a laptop, not from the paper
+    "tiny": ARMConfig(d_model=192, decoder_dim=192),  # the usual widths of small ViTs, not from the paper either
+    "small": ARMConfig(d_model=384, decoder_dim=256),
+    "base": ARMConfig(),
+    "large": ARMConfig(d_model=1024, depth=24),
+    "huge": ARMConfig(d_model=1536, depth=24),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Patches, clusters, positions
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images (b, c, height, width) into patches (b, l, p*p*c), both in raster order; pixels as (row, column, c)."""
+    (b, c, height, width), p = images.shape, patch_size
+    _require(height % p == 0 and width % p == 0, f"image size {(height, width)} is not divisible by patch_size {p}")
+    x = images.reshape(b, c, height // p, p, width // p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, p * p * c)
+
+
+def unpatchify(patches: Tensor, patch_size: int, image_size: tuple[int, int]) -> Tensor:
+    """Inverse of `patchify`: (b, l, p*p*c) -> (b, c, height, width)."""
+    (b, l, pixels), p, (height, width) = patches.shape, patch_size, image_size
+    fits = height % p == 0 and width % p == 0 and l * p * p == height * width and pixels % p**2 == 0
+    _require(fits, f"{l} patches of {pixels} values do not make {height}x{width} pixels with patch_size {p}")
+    x = patches.reshape(b, height // p, width // p, p, p, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, height, width)
+
+
+def cluster_order(config: ARMConfig) -> Tensor | None:
+    """The clusters' raster numbers in the order in which they are read; None for raster order itself."""
+    rows, columns = (side // config.cluster_size for side in config.grid)
+    raster = torch.arange(rows * columns)
+    if config.order == "row-reversed":
+        return raster.flip(0)
+    if config.order == "column":
+        return raster.view(rows, columns).t().flatten()
+    if config.order == "random":
+        return torch.randperm(rows * columns, generator=torch.Generator().manual_seed(config.order_seed))
+    return None
+
+
+def _cluster_grid(grid: tuple[int, int], cluster_size: int, l: int) -> tuple[int, int]:
+    (rows, columns), s = grid, cluster_size
+    fits = rows % s == 0 and columns % s == 0
+    _require(
+        fits, f"{rows}x{columns} patches do not divide into clusters of {s}x{s}: change image, patch or cluster size"
+    )
+    _require(l == rows * columns, f"{l} tokens do not fill the grid of {rows}x{columns} patches")
+    return rows // s, columns // s
+
+
+def to_clusters(x: Tensor, grid: tuple[int, int], cluster_size: int, order: Tensor | None = None) -> Tensor:
+    """Regroup tokens (b, l, d) from raster order to cluster after cluster, raster order inside each [ARM 3.2].
+
+    Args:
+        grid: rows and columns of tokens, l = rows * columns.
+        cluster_size: tokens per side of a cluster.
+        order: the clusters to take, in turn, by raster number; None is raster order.
+    """
+    (b, l, d), s = x.shape, cluster_size
+    rows, columns = _cluster_grid(grid, s, l)
+    x = x.reshape(b, rows, s, columns, s, d).permute(0, 1, 3, 2, 4, 5)
+    x = x.reshape(b, rows * columns, s * s, d)
+    return (x if order is None else x[:, order]).flatten(1, 2)
+
+
+def from_clusters(x: Tensor, grid: tuple[int, int], cluster_size: int, order: Tensor | None = None) -> Tensor:
+    """Inverse of `to_clusters`, with the same arguments."""
+    (b, l, d), s = x.shape, cluster_size
+    rows, columns = _cluster_grid(grid, s, l)
+    x = x.reshape(b, rows * columns, s * s, d)
+    x = x if order is None else x[:, order.argsort()]
+    return x.reshape(b, rows, columns, s, s, d).permute(0, 1, 3, 2, 4, 5).reshape(b, l, d)
+
+
+def sincos_positions(d: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sine-cosine position embedding, (1, l, d) in raster order, as in [MAE].
+
+    The first half of the channels encodes the column, the second half the row. Each half is [sin | cos] of the
+    coordinate times the frequencies 10000^(-i / (d/4)), i = 0 .. d/4 - 1.
+    """
+    rows, columns = (torch.arange(side, dtype=torch.float64) for side in grid)
+    row, column = torch.cartesian_prod(rows, columns).view(-1, 2).unbind(1)  # (l,) each
+    frequencies = 10000.0 ** (-torch.arange(d // 4, dtype=torch.float64) / (d // 4))
+    angles = [torch.outer(coordinate, frequencies) for coordinate in (column, row)]  # (l, d/4) each
+    embedding = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+    return embedding[None].to(torch.get_default_dtype())
+
+
+def resize_positions(pos: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Interpolate a position embedding (1, l, d) from one grid to another, bicubic, corners not aligned."""
+    if tuple(old) == tuple(new):
+        return pos
+    x = pos.unflatten(1, tuple(old)).permute(0, 3, 1, 2)  # (1, d, rows, columns)
+    x = F.interpolate(x, size=tuple(new), mode="bicubic", align_corners=False, antialias=False)
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Selective scan
+
+
+def selective_scan_ref(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+):
+    """The selective scan as a loop over time: the one to read first, and the oracle that the tests trust.
+
+    Each channel keeps a state h of n numbers. How fast it decays and how it is written and read all depend on the
+    input, which is what "selective" means [Mamba 3.2]:
+
+        delta_t <- softplus(delta_t + delta_bias)                (if delta_bias is given; if delta_softplus)
+        h_t      = exp(delta_t A) h_{t-1} + delta_t B_t u_t      h_0 = 0
+        y_t      = C_t . h_t + D u_t                             (then y_t * silu(z_t), if there is a gate z)
+
+    Args, Returns, Raises: as `selective_scan`.
+    """
+    B, C, dtype = _check_scan(u, delta, A, B, C, D, z, delta_bias)
+    delta = delta.to(dtype) if delta_bias is None else delta.to(dtype) + delta_bias[:, None]
+    delta = F.softplus(delta) if delta_softplus else delta
+    B, C = (x.repeat_interleave(u.shape[1] // x.shape[1], dim=1) for x in (B, C))  # (b, d, n, l): groups share theirs
+
+    h, ys = torch.zeros(*u.shape[:2], A.shape[1], dtype=dtype, device=u.device), []
+    # `unbind`, not u[:, :, t]: the gradient of each such index is a zero-filled copy of the whole sequence
+    for u_t, delta_t, B_t, C_t in zip(u.unbind(2), delta.unbind(2), B.unbind(3), C.unbind(3)):
+        decay = torch.exp(delta_t[..., None] * A)  # (b, d, n)
+        h = decay * h + (delta_t * u_t)[..., None] * B_t  # (b, d, n)
+        ys.append((h * C_t).sum(-1))  # (b, d)
+    y = torch.stack(ys, dim=2)  # (b, d, l)
+    y = y if D is None else y + D[:, None] * u
+    y = y if z is None else y * F.silu(z.to(dtype))
+    return (y.to(u.dtype), h.detach()) if return_last_state else y.to(u.dtype)
+
+
+def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> tuple[Tensor, Tensor, torch.dtype]:
+    """The same rules on every backend (the kernel misses d % g). Returns B, C (b, g, n, l) and the state's dtype."""
+    _require(u.ndim == 3 and u.shape[2] > 0, f"u has shape {tuple(u.shape)}: it must be (b, d, l) with l >= 1")
+    _require(A.ndim == 2, f"A has shape {tuple(A.shape)}: it must be (d, n)")
+    B, C = (x if x.ndim == 4 else x[:, None] for x in (B, C))
+    (b, d, l), n, g = u.shape, A.shape[1], B.shape[1]
+    _require(g > 0 and d % g == 0, f"{d} channels do not divide into {g} groups: d % g must be 0")
+    shapes = {"u": (b, d, l), "delta": (b, d, l), "A": (d, n), "B": (b, g, n, l), "C": (b, g, n, l)}
+    shapes |= {"D": (d,), "z": (b, d, l), "delta_bias": (d,)}
+    for (name, shape), x in zip(shapes.items(), (u, delta, A, B, C, D, z, delta_bias)):
+        if x is not None:
+            _require(
+                tuple(x.shape) == shape, f"{name} has shape {tuple(x.shape)}: to fit u {(b, d, l)}, make it {shape}"
+            )
+            _require(x.is_floating_point(), f"{name} has dtype {x.dtype}: it must be real floating point")
+            _require(x.device == u.device, f"{name} is on {x.device}, u on {u.device}: move it there")
+    return B, C, _widest(torch.float32, u, delta, A, B, C)  # the state is fp32 or wider
+
+
+def _widest(dtype: torch.dtype, *tensors: Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors), dtype)
+
+
+# The fast scan. Time comes first and channels last, in views (l, b, g, n, k) with k = d / g channels per group, and the
+# sequence is processed in chunks whose (b, g, n, k) states fit the cache. What can be done for a whole chunk is one
+# operation (exp2; C @ h as a row vector times a matrix); the recurrence itself is two in-place operations per step. The
+# backward pass keeps one state per chunk and recomputes the others: the (b, d, l, n) tensor of all states, n times the
+# size of the input, never exists. exp2(x log2(e)) for exp(x) is no detail: with AVX-512 it takes a third of the time.
+
+
+def _chunk_length(u: Tensor, n: int) -> int:
+    (b, d, l), cpu = u.shape, u.device.type == "cpu"
+    return min(max((800_000 if cpu else 64_000_000) // (b * d * n), 4), 32 if cpu else 256, l)  # the optimum is flat
+
+
+def _time_first(x: Tensor, g: int, dtype: torch.dtype) -> Tensor:
+    """(b, d, l) -> (l, b, g, 1, k). A view if x is the transpose of a (b, l, d) tensor, as it is in a model."""
+    x = x.permute(2, 0, 1)
+    return (x if x.stride(2) == 1 else x.contiguous()).unflatten(2, (g, 1, -1)).to(dtype)
+
+
+def _scan_layout(u, delta, A, B, C, D, bias):
+    """A scan's arguments in the state's dtype and time first; also A log2(e), for use with exp2."""
+    g, dtype = B.shape[1], _widest(torch.float32, u, delta, A, B, C)
+    u, delta = _time_first(u, g, dtype), _time_first(delta, g, dtype)  # (l, b, g, 1, k)
+    B, C = (x.permute(3, 0, 1, 2).contiguous().to(dtype)[..., None, :] for x in (B, C))  # (l, b, g, 1, n)
+    A = A.to(dtype).unflatten(0, (g, -1)).mT.contiguous()  # (g, n, k)
+    D, bias = (x.to(dtype).unflatten(0, (g, 1, -1)) for x in (D, bias))  # (g, 1, k)
+    return u, delta, A, A * math.log2(math.e), B, C, D, bias
+
+
+# Registered operators, so that torch.compile sees one node and not a loop. `kernel` is mamba-ssm's; only its extension
+# module is used, since importing the mamba_ssm package brings in unrelated models and what they depend on.
+
+
+@torch.library.custom_op(
+    "armamba::scan",
+    mutates_args=(),
+    schema="(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor bias, bool softplus, bool kernel,"
+    " bool save) -> (Tensor, Tensor, Tensor)",
+)
+def _scan(u, delta, A, B, C, D, bias, softplus, kernel, save):
+    """Returns y (b, d, l); h_l (b, d, n); what the backward pass needs, here the state before each chunk if `save`."""
+    if kernel:
+        import selective_scan_cuda
+
+        y, x = selective_scan_cuda.fwd(u, delta, A, B, C, D, None, bias, softplus)  # None: no gate
+        return y, x[:, :, -1, 1::2].contiguous(), x  # x: (b, d, chunks of 2,048 steps, 2n)
+    (b, d, l), n, g, out_dtype, steps = u.shape, A.shape[1], B.shape[1], u.dtype, _chunk_length(u, A.shape[1])
+    with torch.autocast(u.device.type, enabled=False):
+        u, delta, A, A_log2e, B, C, D, bias = _scan_layout(u, delta, A, B, C, D, bias)
+        y = u.new_empty(b, l, g, 1, d // g, dtype=out_dtype).transpose(0, 1)
+        entries = u.new_empty(-(-l // steps) if save else 0, b, g, n, d // g)
+        buffer, h = u.new_empty(steps, b, g, n, d // g), u.new_zeros(b, g, n, d // g)
+        for i, (u_i, delta_i, B_i, C_i, y_i) in enumerate(zip(*(x.split(steps) for x in (u, delta, B, C, y)))):
+            h = entries[i].copy_(h) if save else h.clone()  # out of the buffer, which is about to be overwritten
+            delta_i = F.softplus(delta_i + bias) if softplus else delta_i + bias
+            h_i = torch.mul(delta_i, A_log2e, out=buffer[: len(u_i)]).exp2_()  # decays; the loop makes them states
+            for h_t, x_t, B_t in zip(h_i.unbind(), (delta_i * u_i).unbind(), B_i.mT.unbind()):
+                h = h_t.mul_(h).addcmul_(x_t, B_t)
+            y_i.copy_((C_i @ h_i).addcmul_(D, u_i))
+    return y.transpose(0, 1).flatten(2).mT, h.mT.reshape(b, d, n), entries
+
+
+@torch.library.custom_op(
+    "armamba::scan_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor saved, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor bias,"
+    " bool softplus, bool kernel) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _scan_backward(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
+    """Gradients of u, delta, A, B, C, D and bias. From the last step to the first, with G_t = dL/dh_t:
+
+    G_t = C_t dL/dy_t + exp(delta_{t+1} A) G_{t+1}
+    W_t = dL/d(delta_t A) = exp(delta_t A) G_t h_{t-1}      dL/d(delta_t u_t) = B_t . G_t
+    """
+    if kernel:
+        import selective_scan_cuda
+
+        gate, rest = None, (None, None, softplus, False)  # no gate, so neither the output nor a place for its gradient
+        return tuple(selective_scan_cuda.bwd(u, delta, A, B, C, D, gate, bias, grad.contiguous(), saved, *rest)[:7])
+    (b, d, l), n, g, steps = u.shape, A.shape[1], B.shape[1], _chunk_length(u, A.shape[1])
+    dtypes = [x.dtype for x in (u, delta, A, B, C, D, bias)]
+    with torch.autocast(u.device.type, enabled=False):
+        u, delta, A, A_log2e, B, C, D, bias = _scan_layout(u, delta, A, B, C, D, bias)
+        grad = _time_first(grad, g, u.dtype)
+        du, ddelta = (u.new_empty(b, l, g, 1, d // g).transpose(0, 1) for _ in range(2))
+        dB, dC, dD = torch.empty_like(B), torch.empty_like(C), u.new_zeros(g, 1, d // g)
+        dA, carry = (u.new_zeros(b, g, n, d // g) for _ in range(2))  # carry: exp(delta_{t+1} A) G_{t+1}
+        buffers = [u.new_empty(m, b, g, n, d // g) for m in (steps, steps, steps + 1)]
+        sequences = u, delta, B, C, grad, du, ddelta, dB, dC
+        for chunk in reversed(list(zip(saved, *(x.split(steps) for x in sequences)))):
+            entry, u_i, delta_i, B_i, C_i, grad_i, du_i, ddelta_i, dB_i, dC_i = chunk
+            raw_i = delta_i + bias
+            delta_i = F.softplus(raw_i) if softplus else raw_i
+            x_i, m = delta_i * u_i, len(u_i)
+            decay, G, h = buffers[0][:m], buffers[1][:m], buffers[2][: m + 1]  # h_0 is the state before the chunk
+            decays, Gs, hs = decay.unbind(), G.unbind(), h.unbind()
+            torch.mul(delta_i, A_log2e, out=decay).exp2_()
+            hs[0].copy_(entry)
+            for t, (x_t, B_t) in enumerate(zip(x_i.unbind(), B_i.mT.unbind())):
+                torch.mul(decays[t], hs[t], out=hs[t + 1]).addcmul_(x_t, B_t)
+            for t, grad_t, C_t in zip(reversed(range(m)), reversed(grad_i.unbind()), reversed(C_i.mT.unbind())):
+                torch.addcmul(carry, grad_t, C_t, out=Gs[t])
+                carry = decays[t].mul_(Gs[t])
+            carry = carry.clone()  # W overwrites it
+            W = decay.mul_(h[:m])  # `decay` holds exp(delta A) G by now
+            for W_t, delta_t in zip(W.unbind(), delta_i.unbind()):
+                dA.addcmul_(W_t, delta_t)
+            dx = B_i @ G  # (m, b, g, 1, k)
+            dB_i.copy_(x_i @ G.mT)
+            dC_i.copy_(grad_i @ h[1:].mT)
+            dD += (grad_i * u_i).sum((0, 1))
+            du_i.copy_((delta_i * dx).addcmul_(D, grad_i))
+            ddelta_i.copy_(W.mul_(A).sum(-2, keepdim=True).addcmul_(u_i, dx))
+            if softplus:
+                ddelta_i.mul_(raw_i.sigmoid())
+        dbias, dA = ddelta.sum((0, 1)).flatten(), dA.sum(0).mT.reshape(d, n)
+        du, ddelta = (x.transpose(0, 1).flatten(2).mT for x in (du, ddelta))  # (b, d, l)
+        dB, dC = (x.squeeze(3).permute(1, 2, 3, 0) for x in (dB, dC))  # (b, g, n, l)
+    return tuple(x.to(dtype) for x, dtype in zip((du, ddelta, dA, dB, dC, dD.flatten(), dbias), dtypes))
+
+
+@_scan.register_fake  # shapes and layouts of the outputs, for torch.compile
+def _(u, delta, A, B, C, D, bias, softplus, kernel, save):
+    (b, d, l), (g, n), dtype = u.shape, B.shape[1:3], _widest(torch.float32, u, delta, A, B, C)
+    if kernel:
+        return torch.empty_like(delta), A.new_empty(b, d, n), A.new_empty(b, d, -(-l // 2048), 2 * n)
+    chunks = -(-l // _chunk_length(u, n)) if save else 0
+    entries = u.new_empty(chunks, b, g, n, d // g, dtype=dtype)
+    return u.new_empty(b, l, d).mT, u.new_empty(b, d, n, dtype=dtype), entries
+
+
+@_scan_backward.register_fake
+def _(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
+    if kernel:
+        return tuple(torch.empty_like(x) for x in (u, delta, A, B, C, D, bias))
+    du, ddelta = (x.new_empty([x.shape[i] for i in (0, 2, 1)]).mT for x in (u, delta))
+    dB, dC = (x.new_empty([x.shape[i] for i in (3, 0, 1, 2)]).permute(1, 2, 3, 0) for x in (B, C))
+    return du, ddelta, torch.empty_like(A), dB, dC, torch.empty_like(D), torch.empty_like(bias)
+
+
+def _scan_setup(ctx, inputs, output):
+    *tensors, ctx.softplus, ctx.kernel, _ = inputs
+    ctx.set_materialize_grads(False)  # none come for h_l and the states
+    ctx.save_for_backward(output[2], *tensors)
+
+
+def _scan_grad(ctx, grad, *_):
+    return *_scan_backward(grad, *ctx.saved_tensors, ctx.softplus, ctx.kernel), None, None, None
+
+
+_scan.register_autograd(_scan_grad, setup_context=_scan_setup)
+
+
+@torch.compiler.assume_constant_result
+def scan_backend(device_type: str) -> tuple[str, str]:
+    """What `selective_scan` uses on "cuda", "cpu", ...: "kernel" or "torch", and why. Said once in the log."""
+    return _probe_kernel(device_type)
+
+
+@functools.cache
+def _probe_kernel(device_type: str) -> tuple[str, str]:
+    name, why, level = "torch", "the mamba-ssm kernel runs on CUDA GPUs only", logging.INFO
+    if device_type == "cuda":
+        try:  # some builds import, and fail only when called: so, one tiny real call
+            u, B = torch.ones(1, 2, 3, device="cuda"), torch.ones(1, 1, 4, 3, device="cuda")
+            A, D = -torch.ones(2, 4, device="cuda"), torch.ones(2, device="cuda")
+            y = _scan(u, u, A, B, B, D, D, True, True, False)[0]
+            torch.testing.assert_close(y, selective_scan_ref(u, u, A, B, B, D, None, D, True), rtol=1e-3, atol=1e-3)
+            name, why = "kernel", "the mamba-ssm kernel is installed and gives the right numbers"
+        except Exception as error:  # whatever a foreign extension may raise
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            why, level = f"no mamba-ssm kernel, see requirements-gpu.txt ({reason})", logging.WARNING
+    log.log(level, "selective scan on %s: backend %r, %s", device_type, name, why)
+    return name, why
+
+
+def selective_scan(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, backend="auto"
+):
+    """The selective scan: what `selective_scan_ref` computes, fast. Stands in for mamba-ssm's `selective_scan_fn`.
+
+    Formula: see `selective_scan_ref`. With g groups, channel i reads B and C of group i // (d / g).
+
+    Args:
+        u, delta: input and step sizes, (b, d, l). Transposed views of (b, l, d) tensors cost nothing extra on a CPU.
+        A: (d, n), negative: decay rates per unit of delta.
+        B, C: (b, n, l), or grouped (b, g, n, l) with d % g == 0: how the state is written and read.
+        D, delta_bias: (d,) or None. z: gate (b, d, l) or None. delta_softplus: see the formula.
+        return_last_state: also return h_l, (b, d, n); no gradient passes through it, as in the kernel.
+        backend: "ref" the loop, "torch" the fast scan, "kernel" mamba-ssm's, "auto" the fastest that can do this call:
+            the kernel takes CUDA tensors of at most 32 bits and n <= 256. Tensors may be fp64, fp32, bf16 or fp16,
+            also mixed; the state is fp32 or wider, under autocast too.
+
+    Returns: y (b, d, l) in u's dtype, or (y, h_l).
+
+    Raises: ValueError on shapes, types or devices that do not fit; RuntimeError if backend="kernel" cannot be had.
+
+    Source: [Mamba 3.2, algorithm 2].
+    """
+    _require(backend in ("auto", "ref", "torch", "kernel"), f"backend {backend!r} is none of auto, ref, torch, kernel")
+    if backend == "ref":
+        return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    B, C, dtype = _check_scan(u, delta, A, B, C, D, z, delta_bias)
+    can = u.is_cuda and dtype == torch.float32 and A.shape[1] <= 256
+    if backend == "kernel":
+        name, why = scan_backend("cuda" if torch.cuda.is_available() else u.device.type)
+        why = "it takes CUDA tensors of at most 32 bits and n <= 256" if name == "kernel" else why
+        if name != "kernel" or not can:
+            raise RuntimeError(f"backend='kernel' cannot be used: {why}. backend='auto' takes what there is")
+    elif backend == "auto":
+        backend = scan_backend(u.device.type)[0] if can or not u.is_cuda else "torch"
+
+    D, bias = (A.new_zeros(len(A)) if x is None else x for x in (D, delta_bias))
+    inputs, kernel = (u, delta, A, B, C, D, bias), backend == "kernel"
+    if kernel:
+        narrow = _widest(u.dtype, delta, B, C)
+        types = narrow, narrow, torch.float32, narrow, narrow, torch.float32, torch.float32
+        inputs = [x.to(dtype).contiguous() for x, dtype in zip(inputs, types)]
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    y, h, _ = _scan(*inputs, delta_softplus, kernel, save)
+    y = (y if z is None else y * F.silu(z)).to(u.dtype)
+    return (y, h.detach()) if return_last_state else y
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mixer and block
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _conv_kernel():
+    """The causal-conv1d package's function, or None if it is not there or does not work."""
+    try:
+        from causal_conv1d import causal_conv1d_fn
+
+        causal_conv1d_fn(torch.zeros(1, 8, 4, device="cuda"), torch.zeros(8, 4, device="cuda"), activation="silu")
+        return causal_conv1d_fn
+    except Exception:  # whatever a foreign extension may raise
+        return None
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """silu(bias + sum_j weight_j x_{t-k+1+j}), each channel by itself, zeros before the start [Mamba 3.4].
+
+    Args: x (b, l, d); weight (d, 1, k); bias (d,). Returns: (b, l, d) in x's dtype.
+    """
+    l, k = x.shape[1], weight.shape[2]
+    if x.is_cuda and 2 <= k <= 4 and x.shape[2] % 8 == 0 and x.dtype != torch.float64 and _conv_kernel():
+        y = _conv_kernel()(x.mT, weight[:, 0].to(x.dtype), bias.to(x.dtype), activation="silu")
+        return y.mT
+    # k shifted multiply-adds: about half the time of F.conv1d on a CPU, and no transposition
+    padded, y = F.pad(x, (0, 0, k - 1, 0)).to(weight.dtype), bias
+    for j in range(k):
+        y = torch.addcmul(y, padded[:, j : j + l], weight[:, 0, j])
+    return F.silu(y).to(x.dtype)
+
+
+def transpose_grid(x: Tensor, grid: tuple[int, int], cls_index: int | None) -> Tensor:
+    """Tokens (b, l, ...) from row-major to column-major order; a class token keeps its place in the sequence."""
+    if cls_index is None:
+        return x.unflatten(1, grid).transpose(1, 2).flatten(1, 2)
+    return _insert(transpose_grid(_remove(x, cls_index), grid, None), x[:, cls_index : cls_index + 1], cls_index)
+
+
+def _insert(x: Tensor, token: Tensor, index: int) -> Tensor:
+    """Put a token (b, 1, ...) into a sequence (b, l, ...) before position `index`."""
+    return torch.cat([x[:, :index], token, x[:, index:]], dim=1)
+
+
+def _remove(x: Tensor, index: int) -> Tensor:
+    return torch.cat([x[:, :index], x[:, index + 1 :]], dim=1)
+
+
+def to_directions(x: Tensor, grid: tuple[int, int], cls_index: int | None) -> Tensor:
+    """(b, l, d) -> (b, l, 4, d): the tokens by rows, rows reversed, columns, columns reversed [ARM 3.3]."""
+    columns = transpose_grid(x, grid, cls_index)
+    return torch.stack([x, x.flip(1), columns, columns.flip(1)], dim=2)
+
+
+def from_directions(y: Tensor, grid: tuple[int, int], cls_index: int | None) -> Tensor:
+    """(b, l, 4, d) -> (b, l, d): each direction put back in row-major order, then the mean of the four."""
+    rows, rows_reversed, columns, columns_reversed = y.unbind(2)
+    columns = transpose_grid(columns + columns_reversed.flip(1), grid[::-1], cls_index)
+    return (rows + rows_reversed.flip(1) + columns) / 4
+
+
+class DirectionalLinear(nn.Module):
+    """One linear map per scan direction, (b, l, g, in) -> (b, l, g, out). A bias is left to the caller to add."""
+
+    def __init__(self, directions: int, in_features: int, out_features: int, bias: bool = False):
+        super().__init__()
+        bound = in_features**-0.5  # as nn.Linear does
+        self.weight = nn.Parameter(torch.empty(directions, out_features, in_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(directions, out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(0, 1).transpose(0, 1) @ self.weight.mT  # (g, b*l, in) @ (g, in, out)
+        return y.transpose(0, 1).unflatten(0, x.shape[:2])
+
+
+class Mixer(nn.Module):
+    """Mamba's token mixer with 1 or 4 scan directions, all in one scan call [Mamba 3.4], [ARM 3.3].
+
+    x, z = in_proj(x); in each direction x = silu(conv(x)); dt, B, C = x_proj(x); delta = softplus(dt_proj(dt));
+    y = scan(x, delta, A, B, C) + D x; then out_proj(mean over directions of y * silu(z)).
+
+    in_proj, z and out_proj are shared; conv1d, x_proj, dt_proj, A and D belong to a direction each.
+    """
+
+    def __init__(self, config: ARMConfig, directions: int):
+        super().__init__()
+        d, n, g, r = config.d_model, config.d_state, directions, config.dt_rank
+        self.directions, self.split = directions, (r, n, n)
+        self.in_proj = nn.Linear(d, 2 * d, bias=False)
+        self.conv1d = nn.Conv1d(g * d, g * d, config.d_conv, groups=g * d)  # holds the weights, see causal_conv
+        self.x_proj = DirectionalLinear(g, d, r + 2 * n)
+        self.dt_proj = DirectionalLinear(g, r, d, bias=True)
+        self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(g, d, 1))  # (g, d, n)
+        self.D = nn.Parameter(torch.ones(g, d))
+        self.out_proj = nn.Linear(d, d, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight /= math.sqrt(config.depth)
+            # with the bias softplus^-1(delta), steps start log-uniform in [0.001, 0.1]; the released code starts three
+            # of its four directions at 0.69 when it trains from scratch
+            delta = torch.empty(g, d).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+            self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None, cls_index: int | None = None) -> Tensor:
+        """(b, l, d) -> (b, l, d). Four directions need the grid of tokens, and the place of a class token if any."""
+        d, g = x.shape[2], self.directions
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d) each
+        x = to_directions(x, grid, cls_index) if g == 4 else x[:, :, None]  # (b, l, g, d)
+        x = causal_conv(x.flatten(2), self.conv1d.weight, self.conv1d.bias)  # (b, l, g*d)
+        dt, B, C = self.x_proj(x.unflatten(2, (g, d))).split(
+            self.split, dim=-1
+        )  # (b, l, g, dt_rank), (b, l, g, n) twice
+        y = selective_scan(
+            x.mT,  # (b, g*d, l)
+            self.dt_proj(dt).flatten(2).mT,  # (b, g*d, l)
+            -torch.exp(self.A_log).flatten(0, 1),  # (g*d, n)
+            B.permute(0, 2, 3, 1),  # (b, g, n, l)
+            C.permute(0, 2, 3, 1),
+            D=self.D.flatten(),
+            delta_bias=self.dt_proj.bias.flatten(),
+            delta_softplus=True,
+        )
+        y = y.mT.unflatten(2, (g, d))  # (b, l, g, d)
+        y = from_directions(y, grid, cls_index) if g == 4 else y[:, :, 0]  # (b, l, d)
+        return self.out_proj(y * F.silu(z))  # a token's gate is the same in every direction, so it can follow the mean
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(w1(x)) * w2(x)), with 8/3 of the width inside."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        hidden = d * 4 * 2 // 3
+        self.w1, self.w2, self.w3 = nn.Linear(d, hidden), nn.Linear(d, hidden), nn.Linear(hidden, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class Block(nn.Module):
+    """x + mixer(LN(x)), then x + SwiGLU(LN(x)); (b, l, d) -> (b, l, d).
+
+    Stochastic depth in training: a branch is dropped for whole samples at rate `drop_path`, and scaled up otherwise.
+    """
+
+    def __init__(self, config: ARMConfig, directions: int, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1, self.mixer = nn.LayerNorm(config.d_model), Mixer(config, directions)
+        self.norm2, self.mlp = nn.LayerNorm(config.d_model), SwiGLU(config.d_model)
+        self.drop_path = drop_path
+
+    def _drop(self, x: Tensor) -> Tensor:
+        if self.drop_path == 0 or not self.training:
+            return x
+        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
+        return x * keep / (1 - self.drop_path)
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None, cls_index: int | None = None) -> Tensor:
+        x = x + self._drop(self.mixer(self.norm1(x), grid, cls_index))
+        return x + self._drop(self.mlp(self.norm2(x)))
+
+
+# the parameters of which every scan direction has its own; all have the directions in front
+DIRECTIONAL = re.compile(r"mixer\.(conv1d\.weight|conv1d\.bias|x_proj\.weight|dt_proj\.weight|dt_proj\.bias|A_log|D)$")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The encoder of both stages
+
+
+class VisionMamba(nn.Module):
+    """Patches, positions, blocks: a classifier, or with num_classes=None the bare backbone that ARM pretrains.
+
+    The classifier adds a class token (in the middle of four directions; last with one, where it has seen everything),
+    learned positions, a final norm and a head [ARM 3.3]. The backbone has fixed sine-cosine positions instead.
+
+    Args:
+        config: the shapes; its decoder and clusters are not used here, so any grid of patches will do.
+        num_classes: outputs of the head, or None.
+        directions: 1 or 4 scans per block.
+        pool: "mean", of the mean before and the mean after the class token, or "cls", the class token.
+        drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
+    """
+
+    def __init__(
+        self, config: ARMConfig, num_classes: int | None = 1000, directions=4, pool="mean", drop_path: float = 0.0
+    ):
+        super().__init__()
+        _require(directions in (1, 4), f"directions {directions!r} must be 1 or 4")
+        _require(pool in ("mean", "cls"), f"pool {pool!r} must be 'mean' or 'cls'")
+        _require(num_classes is None or num_classes > 0, f"num_classes {num_classes} must be positive, or None")
+        _require(num_classes is not None or pool == "mean", "pool 'cls' needs a class token: give num_classes")
+        _require(0 <= drop_path < 1, f"drop_path {drop_path} must be in [0, 1)")
+        self.config, self.num_classes, self.directions, self.pool = config, num_classes, directions, pool
+        self.grad_checkpoint = False  # set to True to recompute each block in the backward pass
+        d, p, l = config.d_model, config.patch_size, math.prod(config.grid)
+
+        self.patch_embed = nn.Conv2d(config.channels, d, p, stride=p)
+        rates = (drop_path * i / max(1, config.depth - 1) for i in range(config.depth))
+        self.layers = nn.ModuleList(Block(config, directions, rate) for rate in rates)
+        nn.init.normal_(self.patch_embed.weight, std=(config.channels * p * p) ** -0.5)  # LeCun
+        _zero_biases(self.patch_embed, *self.modules())
+        if num_classes is None:
+            self.cls_index = None
+            self.register_buffer("pos_embed", sincos_positions(d, config.grid))  # (1, l, d)
+        else:
+            self.cls_index = l // 2 if directions == 4 else l
+            self.cls_token = nn.Parameter(torch.empty(1, 1, d).normal_(std=0.02))
+            self.pos_embed = nn.Parameter(torch.empty(1, l + 1, d).normal_(std=0.02))
+            self.norm_f, self.head = nn.LayerNorm(d), nn.Linear(d, num_classes)
+            nn.init.normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (b, c, height, width) -> tokens with positions, in raster order, class token included, (b, l, d)."""
+        shape = (self.config.channels, *self.config.image_size)
+        _require(
+            tuple(images.shape[1:]) == shape,
+            f"images have shape {tuple(images.shape)}, this model takes (b, {', '.join(map(str, shape))}): "
+            "resize them, or build the model for their size",
+        )
+        _require(images.is_floating_point(), f"images have dtype {images.dtype}: convert to float and normalise them")
+        x = self.patch_embed(images).flatten(2).mT  # (b, l, d)
+        if self.cls_index is not None:
+            x = _insert(x, self.cls_token.expand(len(x), -1, -1), self.cls_index)  # (b, l + 1, d)
+        return x + self.pos_embed
+
+    def run_layers(self, x: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
+        """Pass tokens (b, l, d) through all blocks; returns the outputs of the blocks in `taps`, counted from 1."""
+        outputs = []
+        for i, layer in enumerate(self.layers, start=1):
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x = checkpoint(layer, x, self.config.grid, self.cls_index, use_reentrant=False)
+            else:
+                x = layer(x, self.config.grid, self.cls_index)
+            if i in taps:
+                outputs.append(x)
+        return outputs
+
+    def features(self, images: Tensor) -> Tensor:
+        """(b, c, height, width) -> (b, d_model): the pooled output, after the final norm if there is one."""
+        x = self.run_layers(self.embed(images), taps=(self.config.depth,))[0]  # (b, l, d)
+        if self.cls_index is None:
+            return x.mean(dim=1)
+        x = self.norm_f(x)
+        if self.pool == "cls":
+            return x[:, self.cls_index]
+        halves = x[:, : self.cls_index], x[:, self.cls_index + 1 :]  # weigh equally, whatever their lengths
+        return torch.stack([half.mean(dim=1) for half in halves if half.shape[1] > 0]).mean(dim=0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b, c, height, width) -> logits (b, num_classes), or the features if there is no head."""
+        features = self.features(images)
+        return features if self.num_classes is None else self.head(features)
+
+    @classmethod
+    def from_arm(
+        cls, arm: "ARM", num_classes: int | None, image_size=None, directions=4, pool="mean", drop_path: float = 0.0
+    ) -> "VisionMamba":
+        """A classifier that starts from a pretrained model, for any image size [ARM 3.3].
+
+        The pretrained direction is copied to every direction. The fixed positions, interpolated to the new grid,
+        become learned, with a zero row for the class token. Class token, final norm and head start fresh (head 2e-5).
+        """
+        config = replace(arm.config, image_size=image_size or arm.config.image_size)
+        model = cls(config, num_classes, directions, pool, drop_path)
+        state = arm.encoder.state_dict()
+        state = {k: torch.cat([v] * directions) if DIRECTIONAL.search(k) else v for k, v in state.items()}
+        if num_classes is not None:
+            nn.init.normal_(model.head.weight, std=2e-5)
+        return model._load_resized(state, arm.encoder)
+
+    def resized(self, image_size: int | tuple[int, int]) -> "VisionMamba":
+        """The same model for another image size, its positions interpolated (the class token's row is kept)."""
+        config, rate = replace(self.config, image_size=image_size), self.layers[-1].drop_path
+        model = VisionMamba(config, self.num_classes, self.directions, self.pool, rate)
+        return model._load_resized(self.state_dict(), self)
+
+    def _load_resized(self, state: dict[str, Tensor], source: "VisionMamba") -> "VisionMamba":
+        pos, i = state["pos_embed"], source.cls_index  # (1, l, d)
+        cls = torch.zeros_like(pos[:, :1]) if i is None else pos[:, i : i + 1]
+        pos = resize_positions(pos if i is None else _remove(pos, i), source.config.grid, self.config.grid)
+        state["pos_embed"] = self.pos_embed if self.cls_index is None else _insert(pos, cls, self.cls_index)
+        self.load_state_dict({**self.state_dict(), **state})
+        return self
+
+
+def _zero_biases(*modules: nn.Module) -> None:
+    for module in modules:
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ARM: predict the next cluster
+
+
+class DecoderBlock(nn.Module):
+    """Cross-attention from queries to the encoder's output, then an MLP; the queries do not see each other [ARM 3.2].
+
+    q = q + proj(attention(query(LN(q)), key(LN'(kv)), value(LN'(kv)))), then q = q + fc2(gelu(fc1(LN''(q))))
+    """
+
+    def __init__(self, d: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm_q, self.norm_kv, self.norm_mlp = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
+        self.q, self.kv, self.proj = nn.Linear(d, d), nn.Linear(d, 2 * d), nn.Linear(d, d)
+        self.fc1, self.fc2 = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        for linear in (self.q, self.kv, self.proj, self.fc1, self.fc2):
+            nn.init.xavier_uniform_(linear.weight)
+
+    def forward(self, q: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
+        """q, kv (b, l, d); mask (l, l), True where a query (row) may look at kv (column) -> (b, l, d)."""
+        k, v = self.kv(self.norm_kv(kv)).chunk(2, dim=-1)  # (b, l, d) each
+        heads = [x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (self.q(self.norm_q(q)), k, v)]
+        out = F.scaled_dot_product_attention(*heads, attn_mask=mask)  # (b, heads, l, d / heads)
+        q = q + self.proj(out.transpose(1, 2).flatten(2))
+        return q + self.fc2(F.gelu(self.fc1(self.norm_mlp(q))))
+
+
+class ARM(nn.Module):
+    """Autoregressive pretraining: from clusters 1..k, predict the pixels of cluster k+1 [ARM 3.2].
+
+    The encoder reads all clusters but the last. Its output at a token knows only what came before, and has to serve a
+    whole cluster that it has not seen; the decoder turns "all clusters so far" plus "where to look" (one query per
+    patch of clusters 2, 3, ...) into pixels. The patches of a cluster are predicted at once, not one from another.
+    Decoder block i reads tap i of the encoder. Afterwards the decoder is thrown away.
+
+        loss = mean over predicted patches and their pixels of (prediction - target)^2
+
+    Raises: ValueError if the config's grid does not divide into at least two clusters.
+    """
+
+    def __init__(self, config: ARMConfig):
+        super().__init__()
+        self.config, s, d, dec = config, config.cluster_size, config.d_model, config.decoder_dim
+        _cluster_grid(config.grid, s, math.prod(config.grid))
+        _require(config.n_clusters >= 2, f"one cluster of {s}x{s} patches fills the image: lower cluster or patch size")
+        self.encoder = VisionMamba(config, num_classes=None, directions=1)
+        self.tap_norms = nn.ModuleList(nn.LayerNorm(d) for _ in config.taps)
+        self.enc2dec = nn.Linear(len(config.taps) * d, config.decoder_depth * dec)
+        self.ar_token = nn.Parameter(torch.empty(1, 1, dec).normal_(std=0.02))
+        self.decoder = nn.ModuleList(DecoderBlock(dec, config.decoder_heads) for _ in range(config.decoder_depth))
+        self.ar_norm = nn.LayerNorm(dec)
+        self.ar_pred = nn.Linear(dec, config.patch_size**2 * config.channels)
+        _zero_biases(*self.modules())
+        self.register_buffer("dec_pos_embed", sincos_positions(dec, config.grid))  # (1, l, dec), raster order
+        self.register_buffer("order", cluster_order(config), persistent=False)
+        cluster = torch.arange(config.n_clusters - 1).repeat_interleave(s * s)  # the cluster of each encoder token
+        # query i asks for a patch of the cluster that follows cluster[i]
+        self.register_buffer("mask", cluster[:, None] >= cluster[None, :], persistent=False)  # (l, l)
+
+    def _clusters(self, x: Tensor) -> Tensor:
+        return to_clusters(x, self.config.grid, self.config.cluster_size, self.order)
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """(b, c, height, width) -> the tapped outputs, each (b, l, d_model); l: all clusters but the last."""
+        x = self._clusters(self.encoder.embed(images))[:, : len(self.mask)]
+        return self.encoder.run_layers(x, self.config.taps)
+
+    def context(self, images: Tensor) -> Tensor:
+        """What the decoder reads, (b, l, decoder_dim, decoder_depth); the last index is the decoder block's."""
+        taps = [norm(x) for norm, x in zip(self.tap_norms, self.encode(images))]
+        return self.enc2dec(torch.cat(taps, dim=-1)).unflatten(-1, (self.config.decoder_dim, self.config.decoder_depth))
+
+    def predict(self, images: Tensor) -> Tensor:
+        """(b, c, height, width) -> (b, l, p*p*c): clusters 2, 3, ... in prediction order, each from those before.
+
+        l = (n_clusters - 1) * cluster_size^2; pixels in (row, column, channel) order; with norm_pix they are in units
+        of the patch's own standard deviation, from its own mean.
+        """
+        context = self.context(images)
+        queries = self._clusters(self.ar_token + self.dec_pos_embed)[:, -len(self.mask) :]  # (1, l, dec)
+        x = queries.expand(len(images), -1, -1)
+        for i, block in enumerate(self.decoder):
+            x = block(x, context[..., i], self.mask)
+        return self.ar_pred(self.ar_norm(x))
+
+    def target(self, images: Tensor) -> Tensor:
+        """What `predict` should return, (b, l, p*p*c): the images' patches, each normalised by itself if norm_pix."""
+        x = self._clusters(patchify(images, self.config.patch_size))[:, -len(self.mask) :]
+        if self.config.norm_pix:
+            x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()  # unbiased variance
+        return x
+
+    def loss_per_token(self, images: Tensor) -> Tensor:
+        """Mean squared error of each predicted patch, (b, l)."""
+        target = self.target(images)
+        return (self.predict(images).to(target.dtype) - target).square().mean(dim=-1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b, c, height, width) -> the loss, a scalar."""
+        return self.loss_per_token(images).mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Released checkpoints
+
+_RENAMES = {  # names here -> names in the released files, applied one after the other
+    r"^encoder\.": "",
+    r"^patch_embed\.": "patch_embed.proj.",
+    r"^decoder\.(\d+)\.(q|kv|proj)\.": r"dec_block.\1.attn2.\2.",
+    r"^decoder\.(\d+)\.(fc\d)\.": r"dec_block.\1.mlp.\2.",
+    r"^decoder\.(\d+)\.norm_q\.": r"dec_block.\1.norm2_1.",
+    r"^decoder\.(\d+)\.norm_kv\.": r"dec_block.\1.norm2_2.",
+    r"^decoder\.(\d+)\.norm_mlp\.": r"dec_block.\1.norm2.",
+    r"^tap_norms\.(\d+)\.": lambda match: f"norm_{int(match[1]) + 1}.",
+}
+_SUFFIXES = ("", "_b", "_c", "_c_b")  # rows, rows reversed, columns, columns reversed
+
+
+def official_names(name: str, directions: int) -> list[str]:
+    """The names of a parameter of ours in the released files: one, or one per direction if each has its own."""
+    directional = DIRECTIONAL.search(name)
+    for pattern, new in _RENAMES.items():
+        name = re.sub(pattern, new, name)
+    if not directional:
+        return [name]
+    head, part, tail = re.match(r"(.*mixer\.)(A|[^.]+)(_log$|\..*$|$)", name).groups()
+    return [head + part + suffix + tail for suffix in _SUFFIXES[:directions]]
+
+
+def to_official(model: "ARM | VisionMamba") -> dict[str, Tensor]:
+    """A model's weights under the names of the released files, as new tensors; the inverse of `load_official`."""
+    arm, config = isinstance(model, ARM), model.config
+    if arm:
+        told = config.order == "row" and config.taps == replace(config, taps=None).taps
+        _require(
+            told, f"order {config.order!r} or taps {config.taps}: released files know order 'row' and default taps"
+        )
+    else:
+        fits = model.num_classes is not None and model.directions == 4
+        _require(
+            fits, f"{model.directions} directions, {model.num_classes} classes: released classifiers have 4 and a head"
+        )
+    state = {}
+    for name, value in model.state_dict().items():
+        names = official_names(name, directions=1 if arm else 4)
+        for official, piece in zip(names, value.chunk(len(names))):
+            stacked = DIRECTIONAL.search(name) and "conv1d" not in name  # conv1d has directions among its channels
+            state[official] = (piece[0] if stacked else piece).clone()
+    if arm:
+        state["mask"] = torch.zeros(model.mask.shape).masked_fill(~model.mask.cpu(), -math.inf)
+    return state
+
+
+def load_official(
+    checkpoint, *, pool: str = "mean", image_size=None, grid: tuple[int, int] | None = None, weights: str = "model"
+) -> "ARM | VisionMamba":
+    """Build a model from a released checkpoint: an ARM from a pretraining file, a classifier from a finetuning file.
+
+    Depth, widths, cluster size and a square grid are read off the weights. Files are opened weights-only: the one
+    class that they may hold besides tensors is argparse.Namespace.
+
+    Args:
+        checkpoint: a path, a checkpoint {"model": ..., maybe "model_ema": ...}, or a bare state dict.
+        pool: of a classifier; the weights do not tell.
+        image_size: the size to build for, if not the checkpoint's; positions are interpolated (an ARM's, made anew).
+        grid: rows and columns of the checkpoint's patches, if they are not a square.
+        weights: "model" or "model_ema".
+
+    Raises: ValueError that lists missing, unexpected and misshapen keys, or names what else is wrong.
+    """
+    if not isinstance(checkpoint, dict):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    found = [key for key in ("model", "model_ema") if checkpoint.get(key) is not None]
+    if found:
+        _require(weights in found, f"weights {weights!r} are not in this checkpoint: it has {', '.join(found)}")
+        log.warning("load_official: using the weights %r (the checkpoint has: %s)", weights, ", ".join(found))
+        checkpoint = checkpoint[weights]
+    state = {key.removeprefix("module."): value for key, value in checkpoint.items()}
+    arm = "ar_token" in state
+    needed = ["patch_embed.proj.weight", "pos_embed", "layers.0.mixer.A_log", "layers.0.mixer.conv1d.weight"]
+    missing = [key for key in needed + (["mask"] if arm else ["head.weight"]) if key not in state]
+    _require(not missing, f"not a released checkpoint: missing {', '.join(missing)}")
+
+    d, channels, p, _ = state["patch_embed.proj.weight"].shape
+    l = state["pos_embed"].shape[1] - (0 if arm else 1)
+    rows, columns = grid or (math.isqrt(l),) * 2
+    _require(rows * columns == l, f"a grid of {rows}x{columns} does not hold {l} positions: give grid=(rows, columns)")
+    depth, decoder_depth = (len({k.split(".")[1] for k in state if k.startswith(x)}) for x in ("layers.", "dec_block."))
+    config = ARMConfig(
+        image_size=(rows * p, columns * p),
+        channels=channels,
+        patch_size=p,
+        d_model=d,
+        depth=depth,
+        cluster_size=math.isqrt(int((state["mask"][0] == 0).sum())) if arm else 4,
+        d_state=state["layers.0.mixer.A_log"].shape[1],
+        d_conv=state["layers.0.mixer.conv1d.weight"].shape[2],
+        decoder_dim=state["ar_token"].shape[2] if arm else 64,
+        decoder_depth=decoder_depth if arm else 1,
+    )
+    model = ARM(config) if arm else VisionMamba(config, len(state["head.weight"]), directions=4, pool=pool)
+
+    if not arm:  # a classifier's file may carry the decoder along
+        state = {k: v for k, v in state.items() if not re.match(r"mask$|dec_|ar_|enc2dec|norm_\d", k)}
+    expected = to_official(model)
+    problems = [f"missing {key}" for key in expected if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in expected]
+    for key in expected.keys() & state.keys():
+        ours, theirs = tuple(expected[key].shape), tuple(state[key].shape)
+        problems += [f"{key} has shape {theirs}, not {ours}"] if ours != theirs else []
+    _require(not problems, "the weights do not fit a released model: " + "; ".join(sorted(problems)))
+    new = {}
+    for name, value in model.state_dict().items():
+        pieces = [state[key].float() for key in official_names(name, directions=1 if arm else 4)]
+        new[name] = torch.cat(pieces).view(value.shape)
+    model.load_state_dict(new)
+    if image_size is None:
+        return model
+    if not arm:
+        return model.resized(image_size)
+    resized = ARM(replace(config, image_size=image_size))
+    fixed = {key: value for key, value in resized.state_dict().items() if key.endswith("pos_embed")}
+    resized.load_state_dict({**new, **fixed})
+    return resized
