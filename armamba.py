@@ -84,7 +84,7 @@ class ARMConfig:
     norm_pix: bool = True
 
     def __post_init__(self):
-        size = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
+        size = self.image_size if isinstance(self.image_size, tuple | list) else (self.image_size,) * 2
         _require(len(size) == 2, f"image_size {size} must be one number or (height, width)")
         numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.type is int and f.name != "order_seed"}
         for name, value in {"image_size": size[0], "image_size (width)": size[1], **numbers}.items():
@@ -93,9 +93,7 @@ class ARMConfig:
         fits = size[0] % p == 0 and size[1] % p == 0
         _require(fits, f"image_size {size} is not divisible by patch_size {p}: change one of them")
         for name in ("d_model", "decoder_dim"):
-            _require(
-                numbers[name] % 4 == 0, f"{name} {numbers[name]} must be divisible by 4, for sine-cosine positions"
-            )
+            _require(numbers[name] % 4 == 0, f"{name} {numbers[name]} must be divisible by 4, for its positions")
         heads = self.decoder_heads
         _require(self.decoder_dim % heads == 0, f"decoder_dim {self.decoder_dim} is not divisible by its {heads} heads")
         _require(self.order in ORDERS, f"order {self.order!r} is unknown: choose one of {', '.join(ORDERS)}")
@@ -103,10 +101,8 @@ class ARMConfig:
         first, gaps = min(max(1, depth // 2), depth - blocks + 1), max(1, blocks - 1)
         taps = self.taps or [first + i * (depth - first) // gaps for i in range(blocks - 1)] + [depth]
         increasing = len(taps) == blocks and list(taps) == sorted(set(taps)) and taps[0] >= 1 and taps[-1] == depth
-        _require(
-            increasing, f"taps {taps} must be {blocks} block numbers (decoder_depth), rising from 1, the last {depth}"
-        )
-        object.__setattr__(self, "image_size", size)
+        _require(increasing, f"taps {taps} must be {blocks} (decoder_depth) blocks rising from 1 to {depth}, or None")
+        object.__setattr__(self, "image_size", tuple(size))
         object.__setattr__(self, "taps", tuple(taps))
 
     @property
@@ -174,9 +170,7 @@ def cluster_order(config: ARMConfig) -> Tensor | None:
 def _cluster_grid(grid: tuple[int, int], cluster_size: int, l: int) -> tuple[int, int]:
     (rows, columns), s = grid, cluster_size
     fits = rows % s == 0 and columns % s == 0
-    _require(
-        fits, f"{rows}x{columns} patches do not divide into clusters of {s}x{s}: change image, patch or cluster size"
-    )
+    _require(fits, f"{rows}x{columns} patches do not divide into clusters of {s}x{s}: change one of the sizes")
     _require(l == rows * columns, f"{l} tokens do not fill the grid of {rows}x{columns} patches")
     return rows // s, columns // s
 
@@ -267,16 +261,14 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> tuple[Tensor, Tensor, to
     """The same rules on every backend (the kernel misses d % g). Returns B, C (b, g, n, l) and the state's dtype."""
     _require(u.ndim == 3 and u.shape[2] > 0, f"u has shape {tuple(u.shape)}: it must be (b, d, l) with l >= 1")
     _require(A.ndim == 2, f"A has shape {tuple(A.shape)}: it must be (d, n)")
-    B, C = (x if x.ndim == 4 else x[:, None] for x in (B, C))
-    (b, d, l), n, g = u.shape, A.shape[1], B.shape[1]
+    B, C = (x[:, None] if x.ndim == 3 else x for x in (B, C))
+    (b, d, l), n, g = u.shape, A.shape[1], B.shape[1] if B.ndim == 4 else 1
     _require(g > 0 and d % g == 0, f"{d} channels do not divide into {g} groups: d % g must be 0")
     shapes = {"u": (b, d, l), "delta": (b, d, l), "A": (d, n), "B": (b, g, n, l), "C": (b, g, n, l)}
     shapes |= {"D": (d,), "z": (b, d, l), "delta_bias": (d,)}
     for (name, shape), x in zip(shapes.items(), (u, delta, A, B, C, D, z, delta_bias)):
         if x is not None:
-            _require(
-                tuple(x.shape) == shape, f"{name} has shape {tuple(x.shape)}: to fit u {(b, d, l)}, make it {shape}"
-            )
+            _require(x.shape == shape, f"{name} has shape {tuple(x.shape)}: to fit u {(b, d, l)}, make it {shape}")
             _require(x.is_floating_point(), f"{name} has dtype {x.dtype}: it must be real floating point")
             _require(x.device == u.device, f"{name} is on {x.device}, u on {u.device}: move it there")
     return B, C, _widest(torch.float32, u, delta, A, B, C)  # the state is fp32 or wider
@@ -292,22 +284,27 @@ def _widest(dtype: torch.dtype, *tensors: Tensor) -> torch.dtype:
 # backward pass keeps one state per chunk and recomputes the others: the (b, d, l, n) tensor of all states, n times the
 # size of the input, never exists. exp2(x log2(e)) for exp(x) is no detail: with AVX-512 it takes a third of the time.
 
+# Scalar code, such as the log1p inside F.softplus, is about 6 times slower while the upper halves of the AVX registers
+# are marked as used, as they are after importing torch on an AVX-512 machine; a vectorised atanh happens to clear them.
+torch.atanh(torch.zeros(1 << 18))
+
 
 def _chunk_length(u: Tensor, n: int) -> int:
-    (b, d, l), cpu = u.shape, u.device.type == "cpu"
-    return min(max((800_000 if cpu else 64_000_000) // (b * d * n), 4), 32 if cpu else 256, l)  # the optimum is flat
+    b, d, l = u.shape
+    states, most = (800_000, 32) if u.device.type == "cpu" else (64_000_000, 256)  # the optimum is flat
+    return min(max(states // max(1, b * d * n), 4), most, l)
 
 
-def _time_first(x: Tensor, g: int, dtype: torch.dtype) -> Tensor:
+def _time_first(x: Tensor, g: int) -> Tensor:
     """(b, d, l) -> (l, b, g, 1, k). A view if x is the transpose of a (b, l, d) tensor, as it is in a model."""
     x = x.permute(2, 0, 1)
-    return (x if x.stride(2) == 1 else x.contiguous()).unflatten(2, (g, 1, -1)).to(dtype)
+    return (x if x.stride(2) == 1 else x.contiguous()).unflatten(2, (g, 1, -1))
 
 
 def _scan_layout(u, delta, A, B, C, D, bias):
-    """A scan's arguments in the state's dtype and time first; also A log2(e), for use with exp2."""
+    """A scan's arguments time first, all but u and delta in the state's dtype; also A log2(e), for use with exp2."""
     g, dtype = B.shape[1], _widest(torch.float32, u, delta, A, B, C)
-    u, delta = _time_first(u, g, dtype), _time_first(delta, g, dtype)  # (l, b, g, 1, k)
+    u, delta = _time_first(u, g), _time_first(delta, g)  # (l, b, g, 1, k)
     B, C = (x.permute(3, 0, 1, 2).contiguous().to(dtype)[..., None, :] for x in (B, C))  # (l, b, g, 1, n)
     A = A.to(dtype).unflatten(0, (g, -1)).mT.contiguous()  # (g, n, k)
     D, bias = (x.to(dtype).unflatten(0, (g, 1, -1)) for x in (D, bias))  # (g, 1, k)
@@ -335,11 +332,12 @@ def _scan(u, delta, A, B, C, D, bias, softplus, kernel, save):
     with torch.autocast(u.device.type, enabled=False):
         u, delta, A, A_log2e, B, C, D, bias = _scan_layout(u, delta, A, B, C, D, bias)
         y = u.new_empty(b, l, g, 1, d // g, dtype=out_dtype).transpose(0, 1)
-        entries = u.new_empty(-(-l // steps) if save else 0, b, g, n, d // g)
-        buffer, h = u.new_empty(steps, b, g, n, d // g), u.new_zeros(b, g, n, d // g)
+        entries = A.new_empty(-(-l // steps) if save else 0, b, g, n, d // g)
+        buffer, h = A.new_empty(steps, b, g, n, d // g), A.new_zeros(b, g, n, d // g)
         for i, (u_i, delta_i, B_i, C_i, y_i) in enumerate(zip(*(x.split(steps) for x in (u, delta, B, C, y)))):
             h = entries[i].copy_(h) if save else h.clone()  # out of the buffer, which is about to be overwritten
-            delta_i = F.softplus(delta_i + bias) if softplus else delta_i + bias
+            u_i, delta_i = u_i.to(A.dtype), delta_i + bias
+            delta_i = F.softplus(delta_i) if softplus else delta_i
             h_i = torch.mul(delta_i, A_log2e, out=buffer[: len(u_i)]).exp2_()  # decays; the loop makes them states
             for h_t, x_t, B_t in zip(h_i.unbind(), (delta_i * u_i).unbind(), B_i.mT.unbind()):
                 h = h_t.mul_(h).addcmul_(x_t, B_t)
@@ -368,15 +366,15 @@ def _scan_backward(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
     dtypes = [x.dtype for x in (u, delta, A, B, C, D, bias)]
     with torch.autocast(u.device.type, enabled=False):
         u, delta, A, A_log2e, B, C, D, bias = _scan_layout(u, delta, A, B, C, D, bias)
-        grad = _time_first(grad, g, u.dtype)
-        du, ddelta = (u.new_empty(b, l, g, 1, d // g).transpose(0, 1) for _ in range(2))
-        dB, dC, dD = torch.empty_like(B), torch.empty_like(C), u.new_zeros(g, 1, d // g)
-        dA, carry = (u.new_zeros(b, g, n, d // g) for _ in range(2))  # carry: exp(delta_{t+1} A) G_{t+1}
-        buffers = [u.new_empty(m, b, g, n, d // g) for m in (steps, steps, steps + 1)]
+        grad = _time_first(grad, g)
+        du, ddelta = (x.new_empty(b, l, g, 1, d // g).transpose(0, 1) for x in (u, delta))
+        dB, dC, dD, dbias = torch.empty_like(B), torch.empty_like(C), torch.zeros_like(D), torch.zeros_like(D)
+        dA, carry = (A.new_zeros(b, g, n, d // g) for _ in range(2))  # carry: exp(delta_{t+1} A) G_{t+1}
+        buffers = [A.new_empty(m, b, g, n, d // g) for m in (steps, steps, steps + 1)]
         sequences = u, delta, B, C, grad, du, ddelta, dB, dC
-        for chunk in reversed(list(zip(saved, *(x.split(steps) for x in sequences)))):
+        for chunk in reversed(list(zip(saved, *(x.split(steps) for x in sequences), strict=True))):
             entry, u_i, delta_i, B_i, C_i, grad_i, du_i, ddelta_i, dB_i, dC_i = chunk
-            raw_i = delta_i + bias
+            u_i, grad_i, raw_i = u_i.to(A.dtype), grad_i.to(A.dtype), delta_i + bias
             delta_i = F.softplus(raw_i) if softplus else raw_i
             x_i, m = delta_i * u_i, len(u_i)
             decay, G, h = buffers[0][:m], buffers[1][:m], buffers[2][: m + 1]  # h_0 is the state before the chunk
@@ -397,13 +395,14 @@ def _scan_backward(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
             dC_i.copy_(grad_i @ h[1:].mT)
             dD += (grad_i * u_i).sum((0, 1))
             du_i.copy_((delta_i * dx).addcmul_(D, grad_i))
-            ddelta_i.copy_(W.mul_(A).sum(-2, keepdim=True).addcmul_(u_i, dx))
-            if softplus:
-                ddelta_i.mul_(raw_i.sigmoid())
-        dbias, dA = ddelta.sum((0, 1)).flatten(), dA.sum(0).mT.reshape(d, n)
+            dx = W.mul_(A).sum(-2, keepdim=True).addcmul_(u_i, dx)  # of delta, softplus included
+            dx = dx.mul_(raw_i.sigmoid()) if softplus else dx
+            dbias += dx.sum((0, 1))
+            ddelta_i.copy_(dx)
+        dA = dA.sum(0).mT.reshape(d, n)
         du, ddelta = (x.transpose(0, 1).flatten(2).mT for x in (du, ddelta))  # (b, d, l)
         dB, dC = (x.squeeze(3).permute(1, 2, 3, 0) for x in (dB, dC))  # (b, g, n, l)
-    return tuple(x.to(dtype) for x, dtype in zip((du, ddelta, dA, dB, dC, dD.flatten(), dbias), dtypes))
+    return tuple(x.to(dtype) for x, dtype in zip((du, ddelta, dA, dB, dC, dD.flatten(), dbias.flatten()), dtypes))
 
 
 @_scan.register_fake  # shapes and layouts of the outputs, for torch.compile
@@ -432,20 +431,17 @@ def _scan_setup(ctx, inputs, output):
 
 
 def _scan_grad(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 10
     return *_scan_backward(grad, *ctx.saved_tensors, ctx.softplus, ctx.kernel), None, None, None
 
 
 _scan.register_autograd(_scan_grad, setup_context=_scan_setup)
 
 
-@torch.compiler.assume_constant_result
+@functools.cache
 def scan_backend(device_type: str) -> tuple[str, str]:
     """What `selective_scan` uses on "cuda", "cpu", ...: "kernel" or "torch", and why. Said once in the log."""
-    return _probe_kernel(device_type)
-
-
-@functools.cache
-def _probe_kernel(device_type: str) -> tuple[str, str]:
     name, why, level = "torch", "the mamba-ssm kernel runs on CUDA GPUs only", logging.INFO
     if device_type == "cuda":
         try:  # some builds import, and fail only when called: so, one tiny real call
@@ -459,6 +455,9 @@ def _probe_kernel(device_type: str) -> tuple[str, str]:
             why, level = f"no mamba-ssm kernel, see requirements-gpu.txt ({reason})", logging.WARNING
     log.log(level, "selective scan on %s: backend %r, %s", device_type, name, why)
     return name, why
+
+
+scan_backend._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, which takes 2 s to import
 
 
 def selective_scan(
@@ -513,7 +512,6 @@ def selective_scan(
 # Mixer and block
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _conv_kernel():
     """The causal-conv1d package's function, or None if it is not there or does not work."""
@@ -524,6 +522,9 @@ def _conv_kernel():
         return causal_conv1d_fn
     except Exception:  # whatever a foreign extension may raise
         return None
+
+
+_conv_kernel._dynamo_marked_constant = True
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -618,9 +619,7 @@ class Mixer(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d) each
         x = to_directions(x, grid, cls_index) if g == 4 else x[:, :, None]  # (b, l, g, d)
         x = causal_conv(x.flatten(2), self.conv1d.weight, self.conv1d.bias)  # (b, l, g*d)
-        dt, B, C = self.x_proj(x.unflatten(2, (g, d))).split(
-            self.split, dim=-1
-        )  # (b, l, g, dt_rank), (b, l, g, n) twice
+        dt, B, C = self.x_proj(x.unflatten(2, (g, d))).split(self.split, dim=-1)  # (b, l, g, dt_rank | n | n)
         y = selective_scan(
             x.mT,  # (b, g*d, l)
             self.dt_proj(dt).flatten(2).mT,  # (b, g*d, l)
@@ -724,12 +723,8 @@ class VisionMamba(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (b, c, height, width) -> tokens with positions, in raster order, class token included, (b, l, d)."""
-        shape = (self.config.channels, *self.config.image_size)
-        _require(
-            tuple(images.shape[1:]) == shape,
-            f"images have shape {tuple(images.shape)}, this model takes (b, {', '.join(map(str, shape))}): "
-            "resize them, or build the model for their size",
-        )
+        shape, ours = tuple(images.shape), (self.config.channels, *self.config.image_size)
+        _require(shape[1:] == ours, f"images are {shape}, this model takes batches of {ours}: resize them, or build it anew")
         _require(images.is_floating_point(), f"images have dtype {images.dtype}: convert to float and normalise them")
         x = self.patch_embed(images).flatten(2).mT  # (b, l, d)
         if self.cls_index is not None:
@@ -785,7 +780,8 @@ class VisionMamba(nn.Module):
         """The same model for another image size, its positions interpolated (the class token's row is kept)."""
         config, rate = replace(self.config, image_size=image_size), self.layers[-1].drop_path
         model = VisionMamba(config, self.num_classes, self.directions, self.pool, rate)
-        return model._load_resized(self.state_dict(), self)
+        model.grad_checkpoint = self.grad_checkpoint
+        return model._load_resized(self.state_dict(), self).train(self.training)
 
     def _load_resized(self, state: dict[str, Tensor], source: "VisionMamba") -> "VisionMamba":
         pos, i = state["pos_embed"], source.cls_index  # (1, l, d)
@@ -793,7 +789,7 @@ class VisionMamba(nn.Module):
         pos = resize_positions(pos if i is None else _remove(pos, i), source.config.grid, self.config.grid)
         state["pos_embed"] = self.pos_embed if self.cls_index is None else _insert(pos, cls, self.cls_index)
         self.load_state_dict({**self.state_dict(), **state})
-        return self
+        return self.to(pos)  # device and type of the source
 
 
 def _zero_biases(*modules: nn.Module) -> None:
@@ -862,12 +858,13 @@ class ARM(nn.Module):
         # query i asks for a patch of the cluster that follows cluster[i]
         self.register_buffer("mask", cluster[:, None] >= cluster[None, :], persistent=False)  # (l, l)
 
-    def _clusters(self, x: Tensor) -> Tensor:
+    def arrange(self, x: Tensor) -> Tensor:
+        """Tokens (b, l, d) of a whole image from raster order to the order in which clusters are read."""
         return to_clusters(x, self.config.grid, self.config.cluster_size, self.order)
 
     def encode(self, images: Tensor) -> list[Tensor]:
         """(b, c, height, width) -> the tapped outputs, each (b, l, d_model); l: all clusters but the last."""
-        x = self._clusters(self.encoder.embed(images))[:, : len(self.mask)]
+        x = self.arrange(self.encoder.embed(images))[:, : len(self.mask)]
         return self.encoder.run_layers(x, self.config.taps)
 
     def context(self, images: Tensor) -> Tensor:
@@ -882,7 +879,7 @@ class ARM(nn.Module):
         of the patch's own standard deviation, from its own mean.
         """
         context = self.context(images)
-        queries = self._clusters(self.ar_token + self.dec_pos_embed)[:, -len(self.mask) :]  # (1, l, dec)
+        queries = self.arrange(self.ar_token + self.dec_pos_embed)[:, -len(self.mask) :]  # (1, l, dec)
         x = queries.expand(len(images), -1, -1)
         for i, block in enumerate(self.decoder):
             x = block(x, context[..., i], self.mask)
@@ -890,7 +887,7 @@ class ARM(nn.Module):
 
     def target(self, images: Tensor) -> Tensor:
         """What `predict` should return, (b, l, p*p*c): the images' patches, each normalised by itself if norm_pix."""
-        x = self._clusters(patchify(images, self.config.patch_size))[:, -len(self.mask) :]
+        x = self.arrange(patchify(images, self.config.patch_size))[:, -len(self.mask) :]
         if self.config.norm_pix:
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()  # unbiased variance
         return x
@@ -937,14 +934,10 @@ def to_official(model: "ARM | VisionMamba") -> dict[str, Tensor]:
     arm, config = isinstance(model, ARM), model.config
     if arm:
         told = config.order == "row" and config.taps == replace(config, taps=None).taps
-        _require(
-            told, f"order {config.order!r} or taps {config.taps}: released files know order 'row' and default taps"
-        )
+        _require(told, f"order {config.order!r}, taps {config.taps}: released files know 'row' and default taps only")
     else:
         fits = model.num_classes is not None and model.directions == 4
-        _require(
-            fits, f"{model.directions} directions, {model.num_classes} classes: released classifiers have 4 and a head"
-        )
+        _require(fits, f"{model.directions} directions, {model.num_classes} classes: released files have 4 and a head")
     state = {}
     for name, value in model.state_dict().items():
         names = official_names(name, directions=1 if arm else 4)
@@ -976,34 +969,31 @@ def load_official(
     if not isinstance(checkpoint, dict):
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    _require(isinstance(checkpoint, dict), f"not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict")
+    _require(weights in ("model", "model_ema"), f"weights {weights!r} must be 'model' or 'model_ema'")
     found = [key for key in ("model", "model_ema") if checkpoint.get(key) is not None]
     if found:
         _require(weights in found, f"weights {weights!r} are not in this checkpoint: it has {', '.join(found)}")
         log.warning("load_official: using the weights %r (the checkpoint has: %s)", weights, ", ".join(found))
         checkpoint = checkpoint[weights]
-    state = {key.removeprefix("module."): value for key, value in checkpoint.items()}
-    arm = "ar_token" in state
-    needed = ["patch_embed.proj.weight", "pos_embed", "layers.0.mixer.A_log", "layers.0.mixer.conv1d.weight"]
-    missing = [key for key in needed + (["mask"] if arm else ["head.weight"]) if key not in state]
-    _require(not missing, f"not a released checkpoint: missing {', '.join(missing)}")
-
+    state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in checkpoint.items()}
+    arm = "ar_token" in state and "head.weight" not in state
+    read = {"patch_embed.proj.weight": 4, "pos_embed": 3, "layers.0.mixer.A_log": 2, "layers.0.mixer.conv1d.weight": 3}
+    read |= {"mask": 2, "ar_token": 3} if arm else {"head.weight": 2}  # what the shapes below are read off
+    problems = [f"missing {key}" for key in read if key not in state]
+    problems += [f"{k} has shape {tuple(state[k].shape)}" for k, n in read.items() if k in state and state[k].ndim != n]
+    _require(not problems, "not a released checkpoint: " + "; ".join(problems))
     d, channels, p, _ = state["patch_embed.proj.weight"].shape
     l = state["pos_embed"].shape[1] - (0 if arm else 1)
     rows, columns = grid or (math.isqrt(l),) * 2
     _require(rows * columns == l, f"a grid of {rows}x{columns} does not hold {l} positions: give grid=(rows, columns)")
     depth, decoder_depth = (len({k.split(".")[1] for k in state if k.startswith(x)}) for x in ("layers.", "dec_block."))
-    config = ARMConfig(
-        image_size=(rows * p, columns * p),
-        channels=channels,
-        patch_size=p,
-        d_model=d,
-        depth=depth,
-        cluster_size=math.isqrt(int((state["mask"][0] == 0).sum())) if arm else 4,
-        d_state=state["layers.0.mixer.A_log"].shape[1],
-        d_conv=state["layers.0.mixer.conv1d.weight"].shape[2],
-        decoder_dim=state["ar_token"].shape[2] if arm else 64,
-        decoder_depth=decoder_depth if arm else 1,
-    )
+    sizes = dict(image_size=(rows * p, columns * p), channels=channels, patch_size=p, d_model=d, depth=depth)
+    sizes |= dict(d_state=state["layers.0.mixer.A_log"].shape[1], d_conv=state["layers.0.mixer.conv1d.weight"].shape[2])
+    if arm:
+        cluster_size = math.isqrt(int((state["mask"][0] == 0).sum()))  # the first query sees one cluster
+        sizes |= dict(cluster_size=cluster_size, decoder_dim=state["ar_token"].shape[2], decoder_depth=decoder_depth)
+    config = ARMConfig(**sizes | ({} if arm else dict(decoder_depth=1)))
     model = ARM(config) if arm else VisionMamba(config, len(state["head.weight"]), directions=4, pool=pool)
 
     if not arm:  # a classifier's file may carry the decoder along

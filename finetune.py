@@ -1,0 +1,253 @@
+"""Turn a pretrained vision Mamba into a classifier, train one from scratch, or evaluate one.
+
+    python finetune.py                                        # newest pretraining run, then the same from scratch
+    python finetune.py --checkpoint runs/X/last.pt --labels 60
+    python finetune.py --from-scratch --preset digits
+    python finetune.py --preset imagenet-base --data IMAGENET --checkpoint runs/X/last.pt
+    python finetune.py --eval --checkpoint arm_base.pth --preset imagenet-base --data IMAGENET   # a released file
+
+One scan direction becomes four, the fixed positions become learned, and class token, final norm and head start fresh.
+Datasets, schedule, checkpoints and the set-up of processes come from train.py.
+"""
+
+import train  # first, since it sets OMP_WAIT_POLICY before torch is imported
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Subset
+from torchvision.transforms import v2
+
+from armamba import ARM, VARIANTS, ARMConfig, VisionMamba, load_official
+
+# `scratch` holds what differs when training from scratch: no layer-wise decay, since there is nothing below to protect,
+# and a learning rate of its own, chosen on held-out training images
+IMAGENET = dict(image_size=224, min_crop=0.08, epochs=100, warmup_epochs=5, batch_size=1024, base_lr=5e-4, min_lr=1e-6)
+IMAGENET |= dict(layer_decay=0.65, drop_path=0.1, ema=0.99992, randaugment=True, erasing=0.25, mixup=0.8, cutmix=1.0)
+IMAGENET |= dict(eval_crop=0.875, scratch=dict(layer_decay=1.0))
+DIGITS = dict(labels=100, max_steps=300, epochs=100, warmup_epochs=10, batch_size=32, base_lr=8e-3, layer_decay=0.75)
+DIGITS |= dict(compare=True, scratch=dict(layer_decay=1.0, base_lr=8e-3))
+SMALL = dict(epochs=20, warmup_epochs=2, batch_size=64, base_lr=4e-3, drop_path=0.1, layer_decay=0.75, mixup=0.8)
+SMALL |= dict(cutmix=1.0, scratch=dict(layer_decay=1.0))
+LARGE = IMAGENET | dict(layer_decay=0.75, drop_path=0.3)
+PRESETS = dict(zip(train.PRESETS, (DIGITS, SMALL, SMALL, IMAGENET, LARGE, LARGE)))  # huge is unpublished: large's
+PRESETS = {name: train.PRESETS[name] | preset for name, preset in PRESETS.items()}
+
+
+def finetuning_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments; without --from-scratch, preset and data are those of the checkpoint unless flags say otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    train.add_common_arguments(parser)
+    add = parser.add_argument_group("what to start from").add_argument
+    add("--checkpoint", type=Path, help="ours or a released one; default: the newest finished pretraining run")
+    add("--from-scratch", action="store_true", help="start from random weights, with a recipe of its own")
+    add("--compare", action=argparse.BooleanOptionalAction, default=False, help="then also train one from scratch")
+    add("--weights", choices=("model", "model_ema"), default="model", help="which of a finetuned checkpoint's to take")
+    add("--directions", type=int, choices=(1, 4), default=4)
+    add("--pool", choices=("mean", "cls"), default="mean")
+    add = parser.add_argument_group("labels and evaluation").add_argument
+    add("--labels", type=int, help="train on so many labelled images, balanced over classes; default all")
+    add("--holdout", type=int, help="evaluate on so many other training images instead of the test set, for tuning")
+    add("--eval", action="store_true", help="evaluate the checkpoint, a finetuned one, and do no training")
+    add("--eval-crop", type=float, default=1.0, help="centre crop as a share of the resized short side")
+    add("--eval-resize", choices=("keep", "squash"), default="keep", help="squash: as the released evaluation does")
+    add = parser.add_argument_group("finetuning recipe").add_argument
+    add("--layer-decay", type=float, default=1.0, help="factor of the learning rate from one block to the one below")
+    add("--drop-path", type=float, default=0.0)
+    add("--smoothing", type=float, default=0.1, help="of labels")
+    add("--mixup", type=float, default=0.0, help="with --cutmix: alpha; each batch gets one or the other")
+    add("--cutmix", type=float, default=0.0)
+    add("--randaugment", action=argparse.BooleanOptionalAction, default=False)
+    add("--erasing", type=float, default=0.0, help="probability of random erasing")
+    add("--ema", type=float, default=0.0, help="decay per step of an average of the weights, 0 for none")
+
+    def inherit(chosen: argparse.Namespace) -> dict:
+        if chosen.from_scratch:
+            return PRESETS[chosen.preset or "digits"]["scratch"]
+        path = chosen.checkpoint or newest_finished("finetune" if chosen.eval else "pretrain")
+        args = train.load_checkpoint(path).get("config", {}).get("args", {})
+        usual = train.PRESETS.get(args.get("preset"), {})
+        names = ("preset", "data", "image_size", "patch_size", "variant", "flip")
+        return dict(checkpoint=path) | {k: args[k] for k in names if k in args and args[k] != usual.get(k)}
+
+    presets = {name: {k: v for k, v in preset.items() if k != "scratch"} for name, preset in PRESETS.items()}
+    return train.parse(parser, presets, argv, inherit)
+
+
+def newest_finished(stage: str) -> Path:
+    """The checkpoint of the newest run under runs/ that has written its results."""
+    found = sorted(Path("runs").glob("*/results.json"), key=lambda path: path.stat().st_mtime)
+    found = [path.with_name("last.pt") for path in found if json.loads(path.read_text()).get("stage") == stage]
+    if not found:
+        raise ValueError(f"no finished {stage} run under runs/: run train.py first, or give --checkpoint")
+    return found[-1]
+
+
+def build_model(args: argparse.Namespace, mode: str, classes: list[str]) -> VisionMamba:
+    """The classifier to train or evaluate: from scratch, from a pretrained model, or a finetuned one."""
+    shape = dict(directions=args.directions, pool=args.pool, drop_path=args.drop_path)
+    if args.from_scratch:
+        sizes = dict(image_size=args.image_size, patch_size=args.patch_size, channels=len(mode))
+        return VisionMamba(replace(VARIANTS[args.variant], **sizes), len(classes), **shape)
+    checkpoint = train.load_checkpoint(args.checkpoint)
+    train.say(f"starting from {args.checkpoint}")
+    config = checkpoint.get("config", {})
+    if "model" not in config:
+        model = load_official(checkpoint, pool=args.pool, weights=args.weights)
+    elif config["stage"] == "pretrain":
+        model = ARM(ARMConfig(**config["model"]))
+        model.load_state_dict(checkpoint["model"])
+    else:
+        shape |= config["classifier"]
+        model = VisionMamba(ARMConfig(**config["model"]), len(config["classes"]), **shape)
+        model.load_state_dict(checkpoint[args.weights])
+    if model.config.channels != len(mode):
+        raise ValueError(f"the checkpoint reads {model.config.channels} channels, the images have {len(mode)}")
+    if isinstance(model, ARM):
+        if args.eval:
+            raise ValueError(f"{args.checkpoint} is a pretrained model without a head: finetune it before --eval")
+        return VisionMamba.from_arm(model, len(classes), args.image_size, **shape)
+    if model.num_classes != len(classes):
+        raise ValueError(f"the checkpoint knows {model.num_classes} classes, the data has {len(classes)}")
+    return model.resized(args.image_size)
+
+
+def pick(targets: list[int], number: int | None, seed: int, holdout: int | None) -> tuple[list[int], list[int]]:
+    """Indices of labelled and of held-out images, both balanced over classes and drawn from the seed."""
+    generator = torch.Generator().manual_seed(train.seed_from("labels", seed))
+    by_class: dict[int, list[int]] = {}
+    for i in torch.randperm(len(targets), generator=generator).tolist():
+        by_class.setdefault(int(targets[i]), []).append(i)
+    order = sorted((turn, c, i) for c, indices in by_class.items() for turn, i in enumerate(indices))
+    indices = [i for _, _, i in order]  # one of each class, then a second of each, ...
+    held = indices[len(indices) - holdout :] if holdout else []
+    labelled = indices[: len(indices) - len(held)][:number]
+    if number and len(labelled) < number:
+        raise ValueError(f"--labels {number}, but there are only {len(labelled)} training images beside the held-out")
+    return labelled, held
+
+
+def augmentation(args: argparse.Namespace, mode: str) -> list:
+    """Crop, flip, RandAugment, to tensor, normalise, erase."""
+    steps = train.random_crop(args)
+    if args.randaugment:  # 11 bins, so that magnitude 9 is 0.9 of full strength; the default 31 would make it 0.3
+        fill = (124, 116, 104) if mode == "RGB" else (114,)
+        bicubic = v2.InterpolationMode.BICUBIC
+        steps.append(v2.RandAugment(2, magnitude=9, num_magnitude_bins=11, interpolation=bicubic, fill=fill))
+    erase = v2.RandomErasing(args.erasing, (0.02, 1 / 3), (0.3, 10 / 3), value="random")
+    return steps + train.to_tensor(mode) + ([erase] if args.erasing else [])
+
+
+def evaluation_transform(args: argparse.Namespace, mode: str) -> list:
+    """Resize so that the crop is `eval_crop` of the short side (nothing is cut off above 224 px), centre crop."""
+    if train.dataset_name(args) == "digits":
+        return train.random_crop(args) + train.to_tensor(mode)  # placed as in training; where, the seed fixes
+    size = args.image_size if isinstance(args.image_size, tuple) else (args.image_size,) * 2
+    ratio = 1.0 if max(size) > 224 else args.eval_crop
+    resized = [round(side / ratio) for side in size]
+    keep = args.eval_resize == "keep" and size[0] == size[1]
+    resize = v2.Resize(resized[:1] if keep else resized, interpolation=v2.InterpolationMode.BICUBIC)
+    return [resize, v2.CenterCrop(size), *train.to_tensor(mode)]
+
+
+@torch.no_grad()
+def evaluate(model: VisionMamba, data: train.Seeded, args: argparse.Namespace, device: torch.device) -> dict:
+    """Top-1 and top-5 in percent. Each process takes its share; every image counts exactly once."""
+    share = Subset(data, range(train.rank(), len(data), train.world_size()))
+    loader = DataLoader(share, batch_size=args.batch_size, num_workers=train.workers_for(args))
+    top1 = top5 = 0
+    model.eval()
+    for images, labels in loader:
+        with train.autocast(args):
+            logits = model(images.to(device)).float().cpu()
+        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        top1, top5 = top1 + ranked[:, 0].sum().item(), top5 + ranked.sum().item()
+    top1, top5, n = (train.sum_over_processes(x) for x in (top1, top5, len(share)))
+    return dict(top1=100 * top1 / n, top5=100 * top5 / n, images=int(n))
+
+
+def layer_scale(depth: int, decay: float):
+    """Learning-rate scale by parameter name: 1 for norm and head, times `decay` for each block further down."""
+
+    def scale(name: str) -> float:
+        if name.startswith(("patch_embed", "pos_embed", "cls_token")):
+            number = 0
+        else:
+            number = int(name.split(".")[1]) + 1 if name.startswith("layers.") else depth + 1
+        return decay ** (depth + 1 - number)
+
+    return scale
+
+
+def run_one(args: argparse.Namespace) -> dict:
+    """Train (unless --eval) and evaluate one classifier."""
+    device = train.set_up(args)
+    run = train.Run(args, "eval" if args.eval else "finetune")
+    images = train.load_images(args, train=True) if not args.eval or args.holdout else None
+    test = images if args.holdout else train.load_images(args, train=False)
+    labelled, held = pick(images.targets, args.labels, args.seed, args.holdout) if images else ([], [])
+    mode, classes = (images or test).mode, (images or test).classes
+    torch.manual_seed(train.seed_from("weights", args.seed))
+    model = build_model(args, mode, classes).to(device)
+    model.grad_checkpoint = args.grad_checkpoint
+    held_or_test = train.Seeded(test, evaluation_transform(args, mode), seed=0, indices=held if args.holdout else None)
+
+    results, ema, seconds = {}, None, 0.0
+    if not args.eval:
+        data = train.Seeded(images, augmentation(args, mode), args.seed, labelled)
+        scale = layer_scale(model.config.depth, args.layer_decay)
+        optimizer = torch.optim.AdamW(
+            train.parameter_groups(model, args.weight_decay, scale), betas=(0.9, 0.999), eps=1e-8
+        )
+        if args.ema:
+            ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+            ema.n_averaged.fill_(1)  # average from the first step on; by default that step would only copy
+        mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(classes))] if args.mixup else []
+        mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(classes))] if args.cutmix else []
+        mix = v2.RandomChoice(mixes) if mixes else lambda x, y: (x, y)
+        criterion = torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+
+        def loss_of(net, x, y):
+            x, y = mix(x, y)
+            return criterion(net(x).float(), y)
+
+        config = dict(model=asdict(model.config), mode=mode, classes=classes)
+        config |= dict(classifier=dict(directions=model.directions, pool=model.pool))
+        model.train()
+        seconds = train.fit(args, run, model, loss_of, data, optimizer, config, ema)
+        results["labels"] = len(labelled)
+    results |= evaluate(model, held_or_test, args, device)
+    if ema:
+        results["ema"] = evaluate(ema.module, held_or_test, args, device)
+    results |= dict(parameters=train.count(model), seconds=round(seconds, 1), args=vars(args))
+    start = "from scratch" if args.from_scratch else f"from {args.checkpoint}"
+    train.say(
+        f"{start}: top-1 {results['top1']:.1f} % of {results['images']} images, {seconds:.0f} s; see {run.folder}"
+    )
+    return run.write_results(results)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Finetune or evaluate; returns what is also written to results.json."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = finetuning_arguments(argv)
+    results = run_one(args)
+    if args.compare and not args.from_scratch and not args.eval:
+        recipe = PRESETS[args.preset]["scratch"] | dict(from_scratch=True, checkpoint=None)
+        scratch = argparse.Namespace(**vars(args) | recipe)
+        scratch.output_dir = args.output_dir and args.output_dir / "from-scratch"
+        results["scratch"] = run_one(scratch)
+        gain = results["top1"] - results["scratch"]["top1"]
+        train.say(
+            f"pretraining: {gain:+.1f} points over the same training from scratch, {results['labels']} labels, one seed"
+        )
+    return results
+
+
+if __name__ == "__main__":
+    train.run_script(main)

@@ -1,0 +1,30 @@
+"""What all tests share. Runs before any test module, hence before torch is imported."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that `import armamba` works from any folder
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on a shared machine
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test draws the same numbers, alone or with others."""
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of large reference files, which are not part of the repository; without it the test is skipped."""
+    named = os.environ.get("ARMAMBA_SHARED")
+    folder = Path(named) if named else ROOT.parent / "shared"
+    if not folder.is_dir():
+        assert not named, f"ARMAMBA_SHARED names {named}, which is not a folder"
+        pytest.skip("no reference files: set ARMAMBA_SHARED to their folder")
+    return folder

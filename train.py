@@ -1,0 +1,605 @@
+"""Pretrain a vision Mamba by predicting the next cluster of patches; and all that finetune.py shares with it.
+
+    python train.py                                           # handwritten digits, minutes on a laptop
+    python train.py --preset cifar10                          # or fashion-mnist; downloaded on first use
+    python train.py --preset imagenet-base --data IMAGENET    # the paper's recipe; IMAGENET holds train/ and val/
+    torchrun --nproc-per-node 8 train.py --preset imagenet-base --data IMAGENET --batch-size 256
+    python train.py --data FOLDER --image-size 96 --patch-size 8    # any folder of images, labelled or not
+    python train.py --output-dir runs/mine --resume           # go on after a stop, to the very same weights
+
+A preset is a set of defaults, any flag overrides it, and the resolved configuration is printed and kept in every
+checkpoint. What is random (weights, crops, order) is drawn from the seed and from what it is for (epoch, image, step),
+never from how the run got there: so a resumed run, or one with more workers, sees the same.
+
+Top to bottom: presets and arguments; data; optimiser and schedule; processes and devices; the run's folder; the loop;
+pretraining.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads that spin stall a shared machine
+
+import argparse
+import json
+import math
+import pickle
+import signal
+import sys
+import time
+import zlib
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from armamba import ARM, ORDERS, VARIANTS, from_clusters, patchify, scan_backend, unpatchify
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Presets and arguments
+
+# the paper's recipe; 40 epochs of warm-up are those of the released commands, the paper says 5 (--warmup-epochs 5)
+IMAGENET = dict(image_size=192, patch_size=16, cluster_size=4, min_crop=0.2, flip=True, epochs=1600, warmup_epochs=40)
+IMAGENET |= dict(variant="base", batch_size=2048, base_lr=1.5e-4)
+SMALL = dict(variant="micro", cluster_size=2, batch_size=64, warmup_epochs=2, base_lr=6e-3, min_crop=0.4, flip=False)
+PRESETS = {
+    "digits": SMALL | dict(image_size=16, patch_size=2, epochs=30),
+    "fashion-mnist": SMALL | dict(image_size=28, patch_size=2, epochs=5),
+    "cifar10": SMALL | dict(image_size=32, patch_size=4, flip=True, epochs=20),
+    "imagenet-base": IMAGENET,
+    "imagenet-large": IMAGENET | dict(variant="large", batch_size=1024),
+    # huge's recipe is not published: large's values, with the paper's batch and epochs
+    "imagenet-huge": IMAGENET | dict(variant="huge", batch_size=512, epochs=800),
+}
+SWITCH = argparse.BooleanOptionalAction
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that pretraining and finetuning share."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="folder of images (with train/ and val/, or not), or where to download to; default data/")
+    add("--image-size", type=int, nargs="+", metavar="N", help="pixels: one number, or height and width")
+    add("--min-crop", type=float, help="smallest share of an image's area that a random crop keeps")
+    add("--flip", action=SWITCH, help="mirror half of the images")
+    add("--num-workers", type=int, help="data loading processes; default: up to 8 for folders, none for small images")
+    add = parser.add_argument_group("model").add_argument
+    add("--variant", choices=tuple(VARIANTS), help="widths and depth")
+    add("--patch-size", type=int, help="pixels per side of a patch")
+    add("--cluster-size", type=int, help="patches per side of a cluster")
+    add = parser.add_argument_group("recipe").add_argument
+    add("--epochs", type=int)
+    add("--max-steps", type=int, help="run this many optimiser steps instead, the whole schedule squeezed into them")
+    add("--batch-size", type=int, help="images per process and forward pass")
+    add("--accum", type=int, default=1, help="forward passes per optimiser step")
+    add("--base-lr", type=float, help="peak learning rate per 256 images of the effective batch")
+    add("--min-lr", type=float, default=0.0, help="learning rate at the end")
+    add("--warmup-epochs", type=float)
+    add("--weight-decay", type=float, default=0.05)
+    add("--clip-grad", type=float, default=0.0, help="largest global gradient norm, 0 for none")
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=int, default=0)
+    add("--output-dir", type=Path, help="default: a new folder under runs/")
+    add("--resume", action="store_true", help="go on from the checkpoint in --output-dir, if there is one")
+    add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is there")
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16 autocast on CUDA, fp32 elsewhere")
+    add("--compile", action=SWITCH, default=False, help="torch.compile the model")
+    add("--grad-checkpoint", action=SWITCH, default=False, help="recompute blocks in the backward pass, for memory")
+    add("--save-every", type=float, default=10.0, metavar="MINUTES", help="what a crash can cost")
+
+
+def parse(parser: argparse.ArgumentParser, presets: dict, argv, inherit=lambda chosen: {}) -> argparse.Namespace:
+    """Resolve arguments: defaults, then the preset, then what is inherited, then flags.
+
+    A preset may only set what a flag could. `inherit` takes the arguments as given and returns more defaults.
+    """
+    parser.add_argument("--preset", choices=tuple(presets), help="defaults for a task; digits if none is given")
+    chosen, _ = parser.parse_known_args(argv)
+    inherited = inherit(chosen)
+    preset = chosen.preset or inherited.get("preset", "digits")
+    defaults = presets[preset] | inherited | dict(preset=preset)
+    if unknown := defaults.keys() - vars(chosen).keys():
+        raise ValueError(f"preset {preset!r} sets unknown options: {', '.join(sorted(unknown))}")
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    size = [args.image_size] if isinstance(args.image_size, int) else args.image_size
+    args.image_size = size[0] if len(size) == 1 else tuple(size)
+    return args
+
+
+def pretraining_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add_common_arguments(parser)
+    add = parser.add_argument_group("objective").add_argument
+    add("--order", choices=ORDERS, default="row", help="in which the clusters are read and predicted")
+    add("--norm-pix", action=SWITCH, default=True, help="normalise the pixels of each target")
+    add("--decoder-dim", type=int, help="default: by variant")
+    add("--decoder-depth", type=int, help="default: by variant")
+    parser.set_defaults(clip_grad=3.0)
+    return parse(parser, PRESETS, argv)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+PIXELS = {"RGB": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), "L": ([0.449], [0.226])}  # mean, standard deviation
+
+
+class Digits(Dataset):
+    """scikit-learn's 1,797 real handwritten digits, 8x8 pixels; every fifth of each class is kept for testing."""
+
+    classes = [str(i) for i in range(10)]
+
+    def __init__(self, train: bool):
+        from sklearn.datasets import load_digits
+
+        digits, seen = load_digits(), [0] * 10
+        self.images, self.targets = [], []
+        for image, target in zip(digits.images, digits.target.tolist()):
+            seen[target] += 1
+            if train == (seen[target] % 5 > 0):
+                self.images.append(Image.fromarray((image * 255 / 16).round().astype("uint8")))
+                self.targets.append(target)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[index], self.targets[index]
+
+
+class Folder(datasets.ImageFolder):
+    """Images below a folder; its subfolders are the classes, and without subfolders there is one class."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        has_folders = any(entry.is_dir() for entry in os.scandir(directory))
+        return super().find_classes(directory) if has_folders else (["."], {".": 0})
+
+
+def dataset_name(args: argparse.Namespace) -> str:
+    """digits, fashion-mnist, cifar10, or folder: the ImageNet presets, and --data without any preset."""
+    named = args.preset in ("fashion-mnist", "cifar10") or (args.preset == "digits" and not args.data)
+    return args.preset if named else "folder"
+
+
+def load_images(args: argparse.Namespace, train: bool) -> Dataset:
+    """The dataset of PIL images and labels, with `classes`, `targets` and `mode`, "L" (grey) or "RGB"."""
+    name, root = dataset_name(args), Path(args.data or "data")
+    if name == "digits":
+        data = Digits(train)
+    elif name != "folder":
+        data = dict(cifar10=datasets.CIFAR10).get(name, datasets.FashionMNIST)(root, train=train, download=True)
+    else:
+        part = root / ("train" if train else "val")
+        part = root if train and not part.is_dir() else part
+        if not args.data or not part.is_dir():
+            raise ValueError(f"no folder of images at {part}: give --data a folder, with train/ and val/ to evaluate")
+        data = Folder(part, loader=lambda path: Image.open(path))
+    grey = all(data[i * len(data) // 8][0].mode in ("1", "L", "LA") for i in range(8))
+    data.mode = "L" if grey else "RGB"
+    return data
+
+
+def random_crop(args: argparse.Namespace) -> list:
+    """The augmentation that both stages share: a random resized crop and a flip; digits are placed freely instead.
+
+    Placed: 75-94 % of a square canvas, turned by up to 14 degrees, moved by up to a tenth of the side.
+    """
+    bicubic, bilinear = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR
+    if dataset_name(args) == "digits":
+        canvas = v2.Resize((args.image_size, args.image_size), bicubic)
+        return [canvas, v2.RandomAffine(14.3, (0.1, 0.1), (0.75, 0.94), interpolation=bilinear)]
+    crop = v2.RandomResizedCrop(args.image_size, (args.min_crop, 1.0), interpolation=bicubic)
+    return [crop, v2.RandomHorizontalFlip()] if args.flip else [crop]
+
+
+def to_tensor(mode: str) -> list:
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*PIXELS[mode])]
+
+
+def seed_from(*key: int | str) -> int:
+    """A seed for one purpose, such as ("augment", seed, epoch, image)."""
+    return zlib.crc32(" ".join(map(str, key)).encode())
+
+
+class Seeded(Dataset):
+    """Some of the images, augmented; item (epoch, i) draws from (seed, epoch, image), whoever loads it and when."""
+
+    def __init__(self, data: Dataset, transform: list, seed: int, indices: list[int] | None = None):
+        self.data, self.transform, self.seed = data, v2.Compose(transform), seed
+        self.indices = range(len(data)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, draw: tuple[int, int] | int) -> tuple[torch.Tensor, int]:
+        epoch, i = draw if isinstance(draw, tuple) else (0, draw)
+        image, label = self.data[self.indices[i]]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_from("augment", self.seed, epoch, self.indices[i]))
+            return self.transform(image.convert(self.data.mode)), label
+
+
+class TrainingBatches:
+    """Batch sampler without end: from optimiser step `start` on, this process's share of every forward pass.
+
+    Epoch e visits the images in an order drawn from (seed, e); an incomplete last batch is dropped. The images of an
+    optimiser step do not depend on how many processes and forward passes share it.
+    """
+
+    def __init__(self, n: int, args: argparse.Namespace, start: int):
+        self.n, self.size, self.accum, self.seed, self.start = n, args.batch_size, args.accum, args.seed, start
+        self.effective = self.size * self.accum * world_size()
+        self.per_epoch = n // self.effective  # optimiser steps
+        if self.per_epoch == 0:
+            raise ValueError(f"{n} images do not fill one effective batch of {self.effective}: lower --batch-size")
+
+    def __iter__(self):
+        step = self.start
+        while True:
+            epoch, i = divmod(step, self.per_epoch)
+            if i == 0 or step == self.start:
+                generator = torch.Generator().manual_seed(seed_from("order", self.seed, epoch))
+                order = torch.randperm(self.n, generator=generator)
+            batch = order[i * self.effective : (i + 1) * self.effective].view(self.accum, world_size(), self.size)
+            for micro in batch[:, rank()].tolist():
+                yield [(epoch, index) for index in micro]
+            step += 1
+
+
+def workers_for(args: argparse.Namespace) -> int:
+    default = min(8, os.cpu_count() or 1) if dataset_name(args) == "folder" and os.name != "nt" else 0
+    return default if args.num_workers is None else args.num_workers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimiser and schedule
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float, scale=lambda name: 1.0) -> list[dict]:
+    """Groups for AdamW, one for each pair of weight decay and learning-rate scale; `scale` takes a parameter's name.
+
+    Decay is for matrices and convolutions: not for A_log, which it would pull so that every A goes to -1, nor for D,
+    tokens, positions, norms and biases. (The released code goes by the number of dimensions and decays A_log.)
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        decays = parameter.ndim > 1 and not name.endswith(("bias", "A_log", ".D", "_token", "pos_embed"))
+        groups.setdefault((weight_decay if decays else 0.0, scale(name)), []).append(parameter)
+    return [dict(params=params, weight_decay=decay, lr_scale=scale) for (decay, scale), params in groups.items()]
+
+
+def learning_rate(epoch: float, epochs: float, warmup: float, peak: float, minimum: float) -> float:
+    """Linear warm-up from 0, then half a cosine down to the minimum; times in epochs, fractions included."""
+    if epoch < warmup:
+        return peak * epoch / warmup
+    return minimum + (peak - minimum) * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes and devices
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(*words) -> None:
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def sum_over_processes(value: float) -> float:
+    if world_size() == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(total)
+    return total.item()
+
+
+def set_up(args: argparse.Namespace) -> torch.device:
+    """Choose device and precision, and join the other processes if torchrun started several."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    args.device = args.device or next(name for name in there if there[name])
+    if not there[args.device]:
+        raise ValueError(f"--device {args.device} is not there: leave it out to take the best that is")
+    args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if "RANK" in os.environ and not dist.is_initialized():
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    return torch.device(args.device)
+
+
+def autocast(args: argparse.Namespace):
+    return torch.autocast(args.device, torch.bfloat16) if args.precision == "bf16" else nullcontext()
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def run_script(main) -> None:
+    """Run a script's main(); a user's mistake is one line, not a traceback."""
+    try:
+        main()
+    except (ValueError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run's folder
+
+
+def load_checkpoint(path: Path | str) -> dict:
+    """Read a checkpoint, ours or a released one, without running code that it may carry."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"there is no checkpoint at {path}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} is damaged, or no checkpoint that can be trusted: {reason}") from None
+
+
+class Run:
+    """A folder with log.jsonl, last.pt, previous.pt and, at the end, results.json and pictures."""
+
+    def __init__(self, args: argparse.Namespace, stage: str):
+        if args.resume and args.output_dir is None:
+            raise ValueError("--resume needs --output-dir, the folder of the run to go on with")
+        stem = Path("runs") / f"{stage}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        fresh = (f"{stem}{'-' if i else ''}{i or ''}" for i in range(1000))
+        self.folder = args.output_dir or next(Path(name) for name in fresh if not Path(name).exists())
+        self.stage, self.saved_at, self.signal, self.state = stage, time.monotonic(), None, None
+        checkpoints = [self.folder / name for name in ("last.pt", "previous.pt") if (self.folder / name).exists()]
+        if checkpoints and not args.resume:
+            raise ValueError(f"{self.folder} holds a run: add --resume to go on, or give another --output-dir")
+        for path in checkpoints:
+            try:
+                self.state = self.state or load_checkpoint(path)
+            except ValueError as error:
+                say(error)
+        if args.resume and not self.state:
+            say(f"nothing to resume in {self.folder}: starting afresh")
+        self.step = self.state["step"] if self.state else 0
+        if rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= self.step]
+            (self.folder / "log.jsonl").write_text("".join(kept))
+
+    def restore(self, config: dict, model, optimizer, ema) -> float:
+        """Load the state to go on from, if there is one; returns the seconds spent so far."""
+        if not self.state:
+            return 0.0
+        mine, theirs = config["args"], self.state["config"]["args"]
+        free = ("output_dir", "resume", "device", "num_workers", "save_every", "data", "compare")
+        differ = [f"{k} was {theirs.get(k)}, is {v}" for k, v in mine.items() if k not in free and theirs.get(k) != v]
+        if differ:
+            raise ValueError(f"--resume with other settings ({'; '.join(differ)}): repeat the run's own flags")
+        model.load_state_dict(self.state["model"])
+        optimizer.load_state_dict(self.state["optimizer"])
+        if ema:
+            ema.module.load_state_dict(self.state["model_ema"])
+        return self.state["seconds"]
+
+    def records(self) -> list[dict]:
+        path = self.folder / "log.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]  # a kill can leave half a line
+
+    def log(self, record: dict) -> None:
+        if rank() == 0:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    @contextmanager
+    def signals(self):
+        """SIGTERM, SIGUSR1 and Ctrl-C ask for a checkpoint and an end after the current step; Ctrl-C twice, at once."""
+
+        def ask(number, frame):
+            if self.signal == number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.signal = number
+
+        names = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+        before = {name: signal.signal(getattr(signal, name), ask) for name in names}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(getattr(signal, name), handler)
+
+    def due(self, minutes: float) -> bool:
+        """Whether to save now, because the time has come or a signal did; all processes agree."""
+        wish = self.signal is not None or time.monotonic() - self.saved_at > 60 * minutes
+        return sum_over_processes(float(wish)) > 0
+
+    def save(self, state: dict, model, optimizer, ema) -> None:
+        """Write beside, flush, then rename: whenever the power goes, a whole checkpoint is there."""
+        if rank() == 0:
+            state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
+            state |= dict(model_ema=ema.module.state_dict()) if ema else {}
+            last, temporary = self.folder / "last.pt", self.folder / "last.pt.tmp"
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if last.exists():
+                os.replace(last, self.folder / "previous.pt")
+            os.replace(temporary, last)
+        self.saved_at = time.monotonic()
+        if sum_over_processes(float(self.signal is not None)) > 0:
+            say(f"stopped by a signal, and saved; go on with the same flags, --output-dir {self.folder} and --resume")
+            sys.exit(0)
+
+    def write_results(self, results: dict) -> dict:
+        if rank() == 0:
+            text = json.dumps(dict(stage=self.stage, **results), indent=1, default=str)
+            (self.folder / "results.json").write_text(text + "\n")
+        return results
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop, of both stages
+
+
+def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, ema=None) -> float:
+    """Train to the end of the schedule or to a signal; returns the seconds it took, parts before a resume included.
+
+    loss_of(net, images, labels) is the stage's loss; `net` is the model, compiled and wrapped as asked for.
+    """
+    batches, workers = TrainingBatches(len(data), args, run.step), workers_for(args)
+    steps, peak = args.max_steps or args.epochs * batches.per_epoch, args.base_lr * batches.effective / 256
+    config |= dict(stage=run.stage, args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
+    before, device = run.restore(config, model, optimizer, ema), next(model.parameters()).device
+    say("configuration:", *(f"{key}={value}" for key, value in sorted(config["args"].items())))
+    scan = "{} ({})".format(*scan_backend(args.device))
+    say(f"{count(model):,} parameters, {args.device}, {args.precision}, torch {torch.__version__}, scan: {scan}")
+    parts = f"{args.batch_size} x {args.accum} accumulated x {world_size()} processes"
+    say(f"{len(data):,} images, effective batch {batches.effective} = {parts}, peak learning rate {peak:.3g}")
+    say(f"{steps:,} steps, {batches.per_epoch:,} per epoch, to {run.folder}")
+
+    net = torch.compile(model) if args.compile else model
+    net = DistributedDataParallel(net) if world_size() > 1 else net
+    pinned = dict(pin_memory=args.device == "cuda", persistent_workers=workers > 0)
+    stream, began = iter(DataLoader(data, batch_sampler=batches, num_workers=workers, **pinned)), time.monotonic()
+    progress = tqdm(range(run.step, steps), initial=run.step, total=steps, disable=rank() > 0, unit="step")
+    with run.signals():
+        for step in progress:
+            epoch = args.epochs * step / steps
+            lr = learning_rate(epoch, args.epochs, args.warmup_epochs, peak, args.min_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            torch.manual_seed(seed_from("step", args.seed, step, rank()))
+
+            loss = 0.0
+            for micro in range(args.accum):
+                images, labels = (x.to(device, non_blocking=True) for x in next(stream))
+                waits = world_size() > 1 and micro < args.accum - 1  # processes exchange gradients once per step
+                with net.no_sync() if waits else nullcontext():
+                    with autocast(args):
+                        part = loss_of(net, images, labels) / args.accum
+                    part.backward()
+                loss += part.item()
+            loss = sum_over_processes(loss) / world_size()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf).item()
+            if not math.isfinite(loss + norm):
+                raise FloatingPointError(
+                    f"step {step}: loss {loss}, gradient norm {norm}, lr {lr:.3g}; lower --base-lr"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            if ema:
+                ema.update_parameters(model)
+
+            seconds = time.monotonic() - began
+            speed = batches.effective * (step + 1 - run.step) / seconds
+            progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", images_per_s=f"{speed:.0f}")
+            run.log(
+                dict(step=step + 1, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, seconds=round(before + seconds, 2))
+            )
+            if step + 1 == steps or run.due(args.save_every):
+                run.save(dict(step=step + 1, seconds=before + seconds, config=config), model, optimizer, ema)
+    return before + time.monotonic() - began
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pretraining
+
+
+def loss_figure(records: list[dict]):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    axes.plot([r["step"] for r in records], [r["loss"] for r in records], color="0.2", linewidth=1)
+    axes.set(xlabel="optimiser step", ylabel="training loss (mean squared error)")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+@torch.no_grad()
+def prediction_figure(arm: ARM, images: torch.Tensor, mode: str):
+    """What is seen, predicted and true, for images (b, c, height, width) as the network sees them.
+
+    With norm_pix the network predicts a patch up to its brightness and contrast. To show pixels these two are taken
+    from the true patch, and the figure says so; without norm_pix nothing is borrowed.
+    """
+    import matplotlib.pyplot as plt
+
+    config, size, k = arm.config, arm.config.cluster_size**2, arm.config.n_clusters // 2
+    tokens = arm.arrange(patchify(images, config.patch_size))  # (b, all patches, p*p*c), cluster after cluster
+    first, true, pixels = tokens[:, :size], tokens[:, size:], arm.predict(images)
+    mean, deviation = (torch.tensor(x, device=images.device) for x in PIXELS[mode])
+    grey = ((0.5 - mean) / deviation).repeat(config.patch_size**2)
+
+    def picture(before, after, scale=deviation, offset=mean):
+        """Tokens in prediction order, in two parts -> images (b, height, width, c) in colours from 0 to 1."""
+        x = from_clusters(torch.cat([before, after], 1), config.grid, config.cluster_size, arm.order)
+        x = unpatchify(x, config.patch_size, config.image_size).permute(0, 2, 3, 1)
+        return (x * scale + offset).clamp(0, 1).cpu()
+
+    seen, unseen = tokens[:, : k * size], tokens[:, k * size :]
+    columns = {"image": picture(first, true), f"seen for cluster {k + 1}": picture(seen, grey.expand_as(unseen))}
+    note = "Each cluster is predicted from the true ones before it; the first one is given."
+    if config.norm_pix:
+        for name, x in (("target, normalised", arm.target(images)), ("prediction, normalised", pixels)):
+            columns[name] = picture(torch.zeros_like(first), x, 0.2, 0.5)  # shows 2.5 deviations either way
+        pixels = pixels * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
+        note += " Pixels borrow each true patch's mean and deviation."
+    columns["prediction, pixels"] = picture(first, pixels)
+    shape = len(images), len(columns)
+    figure, axes = plt.subplots(*shape, figsize=(1.8 * shape[1], 1.8 * shape[0] + 0.5), squeeze=False)
+    for column, (title, pictures) in zip(axes.T, columns.items()):
+        column[0].set_title(title, fontsize=9)
+        for axis, image in zip(column, pictures):
+            axis.imshow(image.squeeze(-1), cmap="gray", vmin=0, vmax=1)
+            axis.set_axis_off()
+    figure.supxlabel(note, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Pretrain; returns what is also written to results.json."""
+    args = pretraining_arguments(argv)
+    device, run, images = set_up(args), Run(args, "pretrain"), load_images(args, train=True)
+    names = ("image_size", "patch_size", "cluster_size", "order", "norm_pix", "decoder_dim", "decoder_depth")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    model_config = replace(VARIANTS[args.variant], taps=None, channels=len(images.mode), order_seed=args.seed, **given)
+    torch.manual_seed(seed_from("weights", args.seed))
+    arm = ARM(model_config).to(device)
+    arm.encoder.grad_checkpoint = args.grad_checkpoint
+    optimizer = torch.optim.AdamW(parameter_groups(arm, args.weight_decay), betas=(0.9, 0.95), eps=1e-8)
+    data = Seeded(images, random_crop(args) + to_tensor(images.mode), args.seed)
+    config = dict(model=asdict(model_config), mode=images.mode, classes=images.classes)
+    seconds = fit(args, run, arm, lambda net, x, _: net(x), data, optimizer, config)
+
+    if rank() > 0:
+        return {}
+    records, shown = run.records(), torch.stack([data[len(data) * i // 4][0] for i in range(4)])
+    loss_figure(records).savefig(run.folder / "loss.png", dpi=120)
+    prediction_figure(arm.eval(), shown.to(device), images.mode).savefig(run.folder / "predictions.png", dpi=120)
+    say(f"done in {seconds:.0f} s: loss {records[-1]['loss']:.4f}; look at {run.folder}/predictions.png")
+    say(f"next: python finetune.py --checkpoint {run.folder}/last.pt")
+    results = dict(loss=records[-1]["loss"], seconds=round(seconds, 1), parameters=count(arm), args=vars(args))
+    return run.write_results(results)
+
+
+if __name__ == "__main__":
+    run_script(main)
