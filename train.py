@@ -48,9 +48,11 @@ from armamba import ARM, ORDERS, VARIANTS, from_clusters, patchify, scan_backend
 # the paper's recipe; 40 epochs of warm-up are those of the released commands, the paper says 5 (--warmup-epochs 5)
 IMAGENET = dict(image_size=192, patch_size=16, cluster_size=4, min_crop=0.2, flip=True, epochs=1600, warmup_epochs=40)
 IMAGENET |= dict(variant="base", batch_size=2048, base_lr=1.5e-4)
-SMALL = dict(variant="micro", cluster_size=2, batch_size=64, warmup_epochs=2, base_lr=6e-3, min_crop=0.4, flip=False)
+SMALL = dict(
+    threads=1, variant="micro", cluster_size=2, batch_size=64, warmup_epochs=2, base_lr=6e-3, min_crop=0.4, flip=False
+)
 PRESETS = {
-    "digits": SMALL | dict(image_size=16, patch_size=2, epochs=30),
+    "digits": SMALL | dict(image_size=16, patch_size=2, epochs=20, batch_size=32, base_lr=2.4e-2, warmup_epochs=1),
     "fashion-mnist": SMALL | dict(image_size=28, patch_size=2, epochs=5),
     "cifar10": SMALL | dict(image_size=32, patch_size=4, flip=True, epochs=20),
     "imagenet-base": IMAGENET,
@@ -68,7 +70,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=int, nargs="+", metavar="N", help="pixels: one number, or height and width")
     add("--min-crop", type=float, help="smallest share of an image's area that a random crop keeps")
     add("--flip", action=SWITCH, help="mirror half of the images")
-    add("--num-workers", type=int, help="data loading processes; default: up to 8 for folders, none for small images")
+    add("--num-workers", type=int, help="data loading processes; default: up to 8 for folders, 1 for small images")
     add = parser.add_argument_group("model").add_argument
     add("--variant", choices=tuple(VARIANTS), help="widths and depth")
     add("--patch-size", type=int, help="pixels per side of a patch")
@@ -88,6 +90,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", type=Path, help="default: a new folder under runs/")
     add("--resume", action="store_true", help="go on from the checkpoint in --output-dir, if there is one")
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is there")
+    add("--threads", type=int, help="CPU threads of PyTorch; small models run best on one")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 autocast on CUDA, fp32 elsewhere")
     add("--compile", action=SWITCH, default=False, help="torch.compile the model")
     add("--grad-checkpoint", action=SWITCH, default=False, help="recompute blocks in the backward pass, for memory")
@@ -254,8 +257,8 @@ class TrainingBatches:
 
 
 def workers_for(args: argparse.Namespace) -> int:
-    default = min(8, os.cpu_count() or 1) if dataset_name(args) == "folder" and os.name != "nt" else 0
-    return default if args.num_workers is None else args.num_workers
+    default = min(8, os.cpu_count() or 1) if dataset_name(args) == "folder" else 1
+    return args.num_workers if args.num_workers is not None else 0 if os.name == "nt" else default
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -313,6 +316,7 @@ def set_up(args: argparse.Namespace) -> torch.device:
     args.device = args.device or next(name for name in there if there[name])
     if not there[args.device]:
         raise ValueError(f"--device {args.device} is not there: leave it out to take the best that is")
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if "RANK" in os.environ and not dist.is_initialized():
