@@ -487,17 +487,14 @@ def selective_scan(
     if backend == "ref":
         return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     B, C, dtype = _check_scan(u, delta, A, B, C, D, z, delta_bias)
-    can = u.is_cuda and dtype == torch.float32 and A.shape[1] <= 256
-    if backend == "kernel":
-        name, why = scan_backend("cuda" if torch.cuda.is_available() else u.device.type)
-        why = "it takes CUDA tensors of at most 32 bits and n <= 256" if name == "kernel" else why
-        if name != "kernel" or not can:
-            raise RuntimeError(f"backend='kernel' cannot be used: {why}. backend='auto' takes what there is")
-    elif backend == "auto":
-        backend = scan_backend(u.device.type)[0] if can or not u.is_cuda else "torch"
+    name, why = scan_backend(u.device.type) if backend != "torch" else ("torch", "")
+    if name == "kernel" and (dtype != torch.float32 or A.shape[1] > 256):
+        name, why = "torch", "it takes tensors of at most 32 bits and n <= 256"
+    if backend == "kernel" and name != "kernel":
+        raise RuntimeError(f"backend='kernel' cannot be used: {why}. backend='auto' takes what there is")
 
     D, bias = (A.new_zeros(len(A)) if x is None else x for x in (D, delta_bias))
-    inputs, kernel = (u, delta, A, B, C, D, bias), backend == "kernel"
+    inputs, kernel = (u, delta, A, B, C, D, bias), name == "kernel"
     if kernel:
         narrow = _widest(u.dtype, delta, B, C)
         types = narrow, narrow, torch.float32, narrow, narrow, torch.float32, torch.float32
@@ -724,8 +721,12 @@ class VisionMamba(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images (b, c, height, width) -> tokens with positions, in raster order, class token included, (b, l, d)."""
         shape, ours = tuple(images.shape), (self.config.channels, *self.config.image_size)
-        _require(shape[1:] == ours, f"images are {shape}, this model takes batches of {ours}: resize them, or build it anew")
-        _require(images.is_floating_point(), f"images have dtype {images.dtype}: convert to float and normalise them")
+        _require(
+            shape[1:] == ours, f"images are {shape}, this model takes batches of {ours}: resize them, or build it anew"
+        )
+        dtype, mixed = self.patch_embed.weight.dtype, torch.is_autocast_enabled(images.device.type)
+        fits = images.is_floating_point() and (mixed or images.dtype == dtype)
+        _require(fits, f"images have dtype {images.dtype}: convert to {dtype}, the model's, and normalise them")
         x = self.patch_embed(images).flatten(2).mT  # (b, l, d)
         if self.cls_index is not None:
             x = _insert(x, self.cls_token.expand(len(x), -1, -1), self.cls_index)  # (b, l + 1, d)
@@ -844,6 +845,8 @@ class ARM(nn.Module):
         self.config, s, d, dec = config, config.cluster_size, config.d_model, config.decoder_dim
         _cluster_grid(config.grid, s, math.prod(config.grid))
         _require(config.n_clusters >= 2, f"one cluster of {s}x{s} patches fills the image: lower cluster or patch size")
+        values = config.patch_size**2 * config.channels
+        _require(not config.norm_pix or values > 1, "norm_pix needs patches of more than one value: enlarge patch_size")
         self.encoder = VisionMamba(config, num_classes=None, directions=1)
         self.tap_norms = nn.ModuleList(nn.LayerNorm(d) for _ in config.taps)
         self.enc2dec = nn.Linear(len(config.taps) * d, config.decoder_depth * dec)
@@ -894,8 +897,8 @@ class ARM(nn.Module):
 
     def loss_per_token(self, images: Tensor) -> Tensor:
         """Mean squared error of each predicted patch, (b, l)."""
-        target = self.target(images)
-        return (self.predict(images).to(target.dtype) - target).square().mean(dim=-1)
+        prediction, target = self.predict(images), self.target(images)
+        return (prediction.to(target.dtype) - target).square().mean(dim=-1)
 
     def forward(self, images: Tensor) -> Tensor:
         """(b, c, height, width) -> the loss, a scalar."""

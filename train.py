@@ -45,20 +45,28 @@ from armamba import ARM, ORDERS, VARIANTS, from_clusters, patchify, scan_backend
 # ----------------------------------------------------------------------------------------------------------------------
 # Presets and arguments
 
-# the paper's recipe; 40 epochs of warm-up are those of the released commands, the paper says 5 (--warmup-epochs 5)
+# The paper's recipe; 40 epochs of warm-up are those of the released commands, the paper says 5 (--warmup-epochs 5)
 IMAGENET = dict(image_size=192, patch_size=16, cluster_size=4, min_crop=0.2, flip=True, epochs=1600, warmup_epochs=40)
-IMAGENET |= dict(variant="base", batch_size=2048, base_lr=1.5e-4)
+IMAGENET |= dict(variant="base", effective_batch=2048, base_lr=1.5e-4)
 SMALL = dict(
-    threads=1, variant="micro", cluster_size=2, batch_size=64, warmup_epochs=2, base_lr=6e-3, min_crop=0.4, flip=False
+    threads=1,
+    variant="micro",
+    cluster_size=2,
+    effective_batch=64,
+    warmup_epochs=2,
+    base_lr=1.2e-2,
+    min_crop=0.4,
+    flip=False,
 )
 PRESETS = {
     "digits": SMALL | dict(image_size=16, patch_size=2, epochs=20, batch_size=32, base_lr=2.4e-2, warmup_epochs=1),
     "fashion-mnist": SMALL | dict(image_size=28, patch_size=2, epochs=5),
     "cifar10": SMALL | dict(image_size=32, patch_size=4, flip=True, epochs=20),
+    "folder": SMALL | dict(image_size=64, patch_size=8, min_crop=0.2, flip=True, epochs=20),
     "imagenet-base": IMAGENET,
-    "imagenet-large": IMAGENET | dict(variant="large", batch_size=1024),
+    "imagenet-large": IMAGENET | dict(variant="large", effective_batch=1024),
     # huge's recipe is not published: large's values, with the paper's batch and epochs
-    "imagenet-huge": IMAGENET | dict(variant="huge", batch_size=512, epochs=800),
+    "imagenet-huge": IMAGENET | dict(variant="huge", effective_batch=512, epochs=800),
 }
 SWITCH = argparse.BooleanOptionalAction
 
@@ -78,7 +86,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=int)
     add("--max-steps", type=int, help="run this many optimiser steps instead, the whole schedule squeezed into them")
-    add("--batch-size", type=int, help="images per process and forward pass")
+    add("--effective-batch", type=int, help="images per optimiser step, all processes together")
+    add("--batch-size", type=int, help="images per process and forward pass; default: what --effective-batch asks for")
     add("--accum", type=int, default=1, help="forward passes per optimiser step")
     add("--base-lr", type=float, help="peak learning rate per 256 images of the effective batch")
     add("--min-lr", type=float, default=0.0, help="learning rate at the end")
@@ -105,15 +114,20 @@ def parse(parser: argparse.ArgumentParser, presets: dict, argv, inherit=lambda c
     parser.add_argument("--preset", choices=tuple(presets), help="defaults for a task; digits if none is given")
     chosen, _ = parser.parse_known_args(argv)
     inherited = inherit(chosen)
-    preset = chosen.preset or inherited.get("preset", "digits")
+    preset = chosen.preset or inherited.get("preset") or ("folder" if chosen.data else "digits")
     defaults = presets[preset] | inherited | dict(preset=preset)
     if unknown := defaults.keys() - vars(chosen).keys():
         raise ValueError(f"preset {preset!r} sets unknown options: {', '.join(sorted(unknown))}")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    size = [args.image_size] if isinstance(args.image_size, int) else args.image_size
-    args.image_size = size[0] if len(size) == 1 else tuple(size)
+    args.image_size = pair(args.image_size)
     return args
+
+
+def pair(size) -> tuple[int, int]:
+    """Height and width, from either one number or both."""
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    return sizes * 2 if len(sizes) == 1 else sizes
 
 
 def pretraining_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -161,14 +175,13 @@ class Folder(datasets.ImageFolder):
     """Images below a folder; its subfolders are the classes, and without subfolders there is one class."""
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        has_folders = any(entry.is_dir() for entry in os.scandir(directory))
-        return super().find_classes(directory) if has_folders else (["."], {".": 0})
+        folders = (entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
+        classes = sorted(folders) or ["."]
+        return classes, {name: i for i, name in enumerate(classes)}
 
 
 def dataset_name(args: argparse.Namespace) -> str:
-    """digits, fashion-mnist, cifar10, or folder: the ImageNet presets, and --data without any preset."""
-    named = args.preset in ("fashion-mnist", "cifar10") or (args.preset == "digits" and not args.data)
-    return args.preset if named else "folder"
+    return args.preset if args.preset in ("digits", "fashion-mnist", "cifar10") else "folder"
 
 
 def load_images(args: argparse.Namespace, train: bool) -> Dataset:
@@ -196,7 +209,7 @@ def random_crop(args: argparse.Namespace) -> list:
     """
     bicubic, bilinear = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR
     if dataset_name(args) == "digits":
-        canvas = v2.Resize((args.image_size, args.image_size), bicubic)
+        canvas = v2.Resize(args.image_size, bicubic)
         return [canvas, v2.RandomAffine(14.3, (0.1, 0.1), (0.75, 0.94), interpolation=bilinear)]
     crop = v2.RandomResizedCrop(args.image_size, (args.min_crop, 1.0), interpolation=bicubic)
     return [crop, v2.RandomHorizontalFlip()] if args.flip else [crop]
@@ -323,6 +336,7 @@ def set_up(args: argparse.Namespace) -> torch.device:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    args.batch_size = args.batch_size or args.effective_batch // (args.accum * world_size())
     return torch.device(args.device)
 
 
@@ -338,7 +352,7 @@ def run_script(main) -> None:
     """Run a script's main(); a user's mistake is one line, not a traceback."""
     try:
         main()
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     finally:
         if dist.is_initialized():
@@ -359,6 +373,15 @@ def load_checkpoint(path: Path | str) -> dict:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} is damaged, or no checkpoint that can be trusted: {reason}") from None
+
+
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+
+def ignore_signals(worker: int) -> None:
+    """For data loading processes: the main one decides, and a worker that dies would take it along."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Run:
@@ -391,8 +414,8 @@ class Run:
         """Load the state to go on from, if there is one; returns the seconds spent so far."""
         if not self.state:
             return 0.0
-        mine, theirs = config["args"], self.state["config"]["args"]
-        free = ("output_dir", "resume", "device", "num_workers", "save_every", "data", "compare")
+        mine, theirs = (c["args"] | dict(effective_batch=c["effective_batch"]) for c in (config, self.state["config"]))
+        free = "output_dir resume device num_workers save_every data compare batch_size accum".split()
         differ = [f"{k} was {theirs.get(k)}, is {v}" for k, v in mine.items() if k not in free and theirs.get(k) != v]
         if differ:
             raise ValueError(f"--resume with other settings ({'; '.join(differ)}): repeat the run's own flags")
@@ -400,7 +423,8 @@ class Run:
         optimizer.load_state_dict(self.state["optimizer"])
         if ema:
             ema.module.load_state_dict(self.state["model_ema"])
-        return self.state["seconds"]
+        seconds, self.state = self.state["seconds"], None  # it is large
+        return seconds
 
     def records(self) -> list[dict]:
         path = self.folder / "log.jsonl"
@@ -421,13 +445,12 @@ class Run:
                 raise KeyboardInterrupt
             self.signal = number
 
-        names = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-        before = {name: signal.signal(getattr(signal, name), ask) for name in names}
+        before = {number: signal.signal(number, ask) for number in SIGNALS}
         try:
             yield
         finally:
-            for name, handler in before.items():
-                signal.signal(getattr(signal, name), handler)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def due(self, minutes: float) -> bool:
         """Whether to save now, because the time has come or a signal did; all processes agree."""
@@ -470,7 +493,8 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
     """
     batches, workers = TrainingBatches(len(data), args, run.step), workers_for(args)
     steps, peak = args.max_steps or args.epochs * batches.per_epoch, args.base_lr * batches.effective / 256
-    config |= dict(stage=run.stage, args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
+    config |= dict(effective_batch=batches.effective, stage=run.stage)
+    config |= dict(args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
     before, device = run.restore(config, model, optimizer, ema), next(model.parameters()).device
     say("configuration:", *(f"{key}={value}" for key, value in sorted(config["args"].items())))
     scan = "{} ({})".format(*scan_backend(args.device))
@@ -479,10 +503,12 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
     say(f"{len(data):,} images, effective batch {batches.effective} = {parts}, peak learning rate {peak:.3g}")
     say(f"{steps:,} steps, {batches.per_epoch:,} per epoch, to {run.folder}")
 
+    if args.preset == "imagenet-huge":
+        say("note: the recipe for huge is not published; these are large's values")
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net) if world_size() > 1 else net
-    pinned = dict(pin_memory=args.device == "cuda", persistent_workers=workers > 0)
-    stream, began = iter(DataLoader(data, batch_sampler=batches, num_workers=workers, **pinned)), time.monotonic()
+    options = dict(num_workers=workers, worker_init_fn=ignore_signals, pin_memory=args.device == "cuda")
+    stream, began = iter(DataLoader(data, batch_sampler=batches, **options)), time.monotonic()
     progress = tqdm(range(run.step, steps), initial=run.step, total=steps, disable=rank() > 0, unit="step")
     with run.signals():
         for step in progress:
@@ -514,7 +540,7 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
 
             seconds = time.monotonic() - began
             speed = batches.effective * (step + 1 - run.step) / seconds
-            progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", images_per_s=f"{speed:.0f}")
+            progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", images_per_s=f"{speed:.0f}", refresh=False)
             run.log(
                 dict(step=step + 1, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, seconds=round(before + seconds, 2))
             )
@@ -546,11 +572,14 @@ def prediction_figure(arm: ARM, images: torch.Tensor, mode: str):
     """
     import matplotlib.pyplot as plt
 
-    config, size, k = arm.config, arm.config.cluster_size**2, arm.config.n_clusters // 2
+    config, size, n = arm.config, arm.config.cluster_size**2, len(images)
     tokens = arm.arrange(patchify(images, config.patch_size))  # (b, all patches, p*p*c), cluster after cluster
     first, true, pixels = tokens[:, :size], tokens[:, size:], arm.predict(images)
     mean, deviation = (torch.tensor(x, device=images.device) for x in PIXELS[mode])
-    grey = ((0.5 - mean) / deviation).repeat(config.patch_size**2)
+    seen = tokens.clone()
+    clusters = [1 + (i + 1) * (config.n_clusters - 1) // (n + 1) for i in range(n)]  # one example a row, early to late
+    for row, k in zip(seen, clusters):
+        row[k * size :] = ((0.5 - mean) / deviation).repeat(config.patch_size**2)  # grey
 
     def picture(before, after, scale=deviation, offset=mean):
         """Tokens in prediction order, in two parts -> images (b, height, width, c) in colours from 0 to 1."""
@@ -558,8 +587,7 @@ def prediction_figure(arm: ARM, images: torch.Tensor, mode: str):
         x = unpatchify(x, config.patch_size, config.image_size).permute(0, 2, 3, 1)
         return (x * scale + offset).clamp(0, 1).cpu()
 
-    seen, unseen = tokens[:, : k * size], tokens[:, k * size :]
-    columns = {"image": picture(first, true), f"seen for cluster {k + 1}": picture(seen, grey.expand_as(unseen))}
+    columns = {"image": picture(first, true), "seen": picture(seen[:, :size], seen[:, size:])}
     note = "Each cluster is predicted from the true ones before it; the first one is given."
     if config.norm_pix:
         for name, x in (("target, normalised", arm.target(images)), ("prediction, normalised", pixels)):
@@ -567,13 +595,15 @@ def prediction_figure(arm: ARM, images: torch.Tensor, mode: str):
         pixels = pixels * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
         note += " Pixels borrow each true patch's mean and deviation."
     columns["prediction, pixels"] = picture(first, pixels)
-    shape = len(images), len(columns)
+    shape = n, len(columns)
     figure, axes = plt.subplots(*shape, figsize=(1.8 * shape[1], 1.8 * shape[0] + 0.5), squeeze=False)
     for column, (title, pictures) in zip(axes.T, columns.items()):
         column[0].set_title(title, fontsize=9)
         for axis, image in zip(column, pictures):
-            axis.imshow(image.squeeze(-1), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(image.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set_axis_off()
+    for axis, k in zip(axes[:, 1], clusters):
+        axis.set_title(f"seen for cluster {k + 1}", fontsize=9)
     figure.supxlabel(note, fontsize=8)
     figure.tight_layout()
     return figure
@@ -582,7 +612,7 @@ def prediction_figure(arm: ARM, images: torch.Tensor, mode: str):
 def main(argv: list[str] | None = None) -> dict:
     """Pretrain; returns what is also written to results.json."""
     args = pretraining_arguments(argv)
-    device, run, images = set_up(args), Run(args, "pretrain"), load_images(args, train=True)
+    device, images = set_up(args), load_images(args, train=True)
     names = ("image_size", "patch_size", "cluster_size", "order", "norm_pix", "decoder_dim", "decoder_depth")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     model_config = replace(VARIANTS[args.variant], taps=None, channels=len(images.mode), order_seed=args.seed, **given)
@@ -591,14 +621,17 @@ def main(argv: list[str] | None = None) -> dict:
     arm.encoder.grad_checkpoint = args.grad_checkpoint
     optimizer = torch.optim.AdamW(parameter_groups(arm, args.weight_decay), betas=(0.9, 0.95), eps=1e-8)
     data = Seeded(images, random_crop(args) + to_tensor(images.mode), args.seed)
-    config = dict(model=asdict(model_config), mode=images.mode, classes=images.classes)
+    run, config = Run(args, "pretrain"), dict(model=asdict(model_config), mode=images.mode, classes=images.classes)
     seconds = fit(args, run, arm, lambda net, x, _: net(x), data, optimizer, config)
 
     if rank() > 0:
         return {}
+    import matplotlib.pyplot as plt
+
     records, shown = run.records(), torch.stack([data[len(data) * i // 4][0] for i in range(4)])
     loss_figure(records).savefig(run.folder / "loss.png", dpi=120)
     prediction_figure(arm.eval(), shown.to(device), images.mode).savefig(run.folder / "predictions.png", dpi=120)
+    plt.close("all")
     say(f"done in {seconds:.0f} s: loss {records[-1]['loss']:.4f}; look at {run.folder}/predictions.png")
     say(f"next: python finetune.py --checkpoint {run.folder}/last.pt")
     results = dict(loss=records[-1]["loss"], seconds=round(seconds, 1), parameters=count(arm), args=vars(args))

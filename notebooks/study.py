@@ -1,7 +1,7 @@
 """Run a named grid of train/finetune configurations, one line of results per run, and make tables from those lines.
 
     python notebooks/study.py tune            # learning rates of both sides, on held-out training images
-    python notebooks/study.py default         # the README's table: pretrained, from scratch, pixels; three seeds
+    python notebooks/study.py default         # the README's table: pretrained, from scratch, pixels; five seeds
     python notebooks/study.py default --table # the table again, from notebooks/results/default.jsonl alone
 
 A run that has its line is skipped, so a study that was killed goes on where it stopped. Checkpoints go to runs/study/.
@@ -10,7 +10,9 @@ A run that has its line is skipped, so a study that was killed goes on where it 
 import argparse
 import json
 import math
+import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -24,8 +26,8 @@ import torch  # noqa: E402
 import finetune  # noqa: E402  (sets OMP_WAIT_POLICY)
 import train  # noqa: E402
 
-SEEDS = (0, 1, 2)
-LABELS = (30, 100, 300)
+SEEDS = (0, 1, 2, 3, 4)
+LABELS = (30, 100)
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided Student t by number of seeds
 
 
@@ -44,23 +46,27 @@ def classify(name: str, seed: int, *flags) -> dict:
 
 
 def pixels(name: str, seed: int, labels: int) -> dict:
-    """Raw pixels: five placements of each labelled image, the test images as finetune.py has them."""
+    """Raw pixels: five placements of each labelled image; test images as finetune.py has them, C on held-out ones."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
 
     args = finetune.finetuning_arguments(["--from-scratch", "--labels", str(labels), "--seed", str(seed)])
     images, test = train.load_images(args, train=True), train.load_images(args, train=False)
-    chosen, _ = finetune.pick(images.targets, labels, seed, None)
-    placed = train.Seeded(images, train.random_crop(args) + train.to_tensor("L"), seed, chosen)
-    draws = [placed[epoch, i] for epoch in range(5) for i in range(len(placed))]
-    held = train.Seeded(test, finetune.evaluation_transform(args, "L"), 0)
-    began = time.monotonic()
-    model = KNeighborsClassifier(1) if name == "1-nn" else LogisticRegression(C=0.05, max_iter=2000)
-    x, y = (torch.stack([image.flatten() for image, _ in draws]).numpy(), [label for _, label in draws])
-    tests = [held[i] for i in range(len(held))]
-    model.fit(x, y)
-    top1 = 100 * model.score(torch.stack([image.flatten() for image, _ in tests]).numpy(), [t for _, t in tests])
-    return dict(top1=top1, images=len(tests), seconds=time.monotonic() - began)
+    chosen, held = finetune.pick(images.targets, labels, seed, holdout=300)
+    steps = train.random_crop(args) + train.to_tensor("L")
+
+    def arrays(data, draws):
+        pairs = [data[draw] for draw in draws]
+        return torch.stack([image.flatten() for image, _ in pairs]).numpy(), [label for _, label in pairs]
+
+    placed = train.Seeded(images, steps, seed, chosen)
+    fitted = arrays(placed, [(epoch, i) for epoch in range(5) for i in range(labels)])
+    models = [KNeighborsClassifier(1)]
+    if name == "logistic regression":
+        models = [LogisticRegression(C=C, max_iter=3000) for C in (0.001, 0.01, 0.1, 1.0)]
+    tuning = arrays(train.Seeded(images, steps, 0, held), range(300))
+    best = max(models, key=lambda model: model.fit(*fitted).score(*tuning))
+    return dict(top1=100 * best.score(*arrays(train.Seeded(test, steps, 0), range(len(test)))), images=len(test))
 
 
 def runs(study: str, seeds: list[int]):
@@ -81,11 +87,9 @@ def runs(study: str, seeds: list[int]):
         for labels in LABELS:
             for seed in seeds:
                 yield "pretrained", labels, seed, lambda s=seed: ("--checkpoint", pretrain(s)[0])
-                yield "scratch", labels, seed, lambda: ("--from-scratch",)
-                yield "1-nn", labels, seed, None
-                yield "logistic", labels, seed, None
-        for labels in LABELS:
-            for seed in seeds:
+                yield "scratch, same finetuning", labels, seed, lambda: ("--from-scratch",)
+                yield "1-nearest neighbour", labels, seed, None
+                yield "logistic regression", labels, seed, None
                 yield "scratch, total time", labels, seed, lambda s=seed, n=labels: longer(s, n)
     else:
         raise ValueError(f"study {study!r} is unknown: choose tune or default")
@@ -94,10 +98,18 @@ def runs(study: str, seeds: list[int]):
 def longer(seed: int, labels: int) -> tuple:
     """From scratch for as many steps as fit into the time of pretraining and finetuning together."""
     lines = [r for r in read("default") if (r["seed"], r["labels"]) == (seed, labels)]
-    finetuning, scratch = (next(r for r in lines if r["name"] == name) for name in ("pretrained", "scratch"))
+    finetuning, scratch = (
+        next(r for r in lines if r["name"] == name) for name in ("pretrained", "scratch, same finetuning")
+    )
     total = pretrain(seed)[1] + finetuning["metrics"]["seconds"]
     steps = scratch["config"]["max_steps"] * total / scratch["metrics"]["seconds"]
     return "--from-scratch", "--max-steps", round(steps)
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def read(study: str) -> list[dict]:
@@ -107,7 +119,7 @@ def read(study: str) -> list[dict]:
 
 def run(study: str, seeds: list[int]) -> None:
     (HERE / "results").mkdir(exist_ok=True)
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    machine = f"{cpu_name()}, {os.cpu_count()} cores"
     versions = dict(torch=torch.__version__, python=platform.python_version())
     for name, labels, seed, flags in runs(study, seeds):
         if any((r["name"], r["labels"], r["seed"]) == (name, labels, seed) for r in read(study)):
