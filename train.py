@@ -3,7 +3,7 @@
     python train.py                                           # handwritten digits, minutes on a laptop
     python train.py --preset cifar10                          # or fashion-mnist; downloaded on first use
     python train.py --preset imagenet-base --data IMAGENET    # the paper's recipe; IMAGENET holds train/ and val/
-    torchrun --nproc-per-node 8 train.py --preset imagenet-base --data IMAGENET --batch-size 256
+    torchrun --nproc-per-node 8 train.py --preset imagenet-base --data IMAGENET
     python train.py --data FOLDER --image-size 96 --patch-size 8    # any folder of images, labelled or not
     python train.py --output-dir runs/mine --resume           # go on after a stop, to the very same weights
 

@@ -381,7 +381,7 @@ def test_vision_mamba_errors():
     for images in (good[..., :-1], good.mT, good[:, :1], good[0]):
         with pytest.raises(ValueError, match=r"images are .* this model takes batches of \(3, 16, 24\)"):
             model(images)
-    with pytest.raises(ValueError, match="images have dtype torch.uint8: convert to float"):
+    with pytest.raises(ValueError, match="images have dtype torch.uint8: convert to torch.float32"):
         model(good.to(torch.uint8))
     for wrong in ({"directions": 2}, {"pool": "max"}, {"num_classes": 0}, {"drop_path": 1.0}, {"drop_path": -0.1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
