@@ -282,9 +282,9 @@ def _widest(dtype: torch.dtype, *tensors: Tensor) -> torch.dtype:
 # sequence is processed in chunks whose (b, g, n, k) states fit the cache. What can be done for a whole chunk is one
 # operation (exp2; C @ h as a row vector times a matrix); the recurrence itself is two in-place operations per step. The
 # backward pass keeps one state per chunk and recomputes the others: the (b, d, l, n) tensor of all states, n times the
-# size of the input, never exists. exp2(x log2(e)) for exp(x) is no detail: with AVX-512 it takes a third of the time.
+# size of the input, never exists. exp2(x log2(e)) stands for exp(x) because it is faster on CPUs.
 
-# Scalar code, such as the log1p inside F.softplus, is about 6 times slower while the upper halves of the AVX registers
+# Scalar code, such as the log1p inside F.softplus, is many times slower while the upper halves of the AVX registers
 # are marked as used, as they are after importing torch on an AVX-512 machine; a vectorised atanh happens to clear them.
 torch.atanh(torch.zeros(1 << 18))
 
@@ -457,7 +457,9 @@ def scan_backend(device_type: str) -> tuple[str, str]:
     return name, why
 
 
-scan_backend._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, which takes 2 s to import
+scan_backend._dynamo_marked_constant = (
+    True  # as torch.compiler.assume_constant_result does, but that imports the compiler
+)
 
 
 def selective_scan(
@@ -533,7 +535,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if x.is_cuda and 2 <= k <= 4 and x.shape[2] % 8 == 0 and x.dtype != torch.float64 and _conv_kernel():
         y = _conv_kernel()(x.mT, weight[:, 0].to(x.dtype), bias.to(x.dtype), activation="silu")
         return y.mT
-    # k shifted multiply-adds: about half the time of F.conv1d on a CPU, and no transposition
+    # k shifted multiply-adds: on a CPU faster than F.conv1d, and no transposition
     padded, y = F.pad(x, (0, 0, k - 1, 0)).to(weight.dtype), bias
     for j in range(k):
         y = torch.addcmul(y, padded[:, j : j + l], weight[:, 0, j])

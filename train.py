@@ -59,7 +59,7 @@ SMALL = dict(
     flip=False,
 )
 PRESETS = {
-    "digits": SMALL | dict(image_size=16, patch_size=2, epochs=20, batch_size=32, base_lr=2.4e-2, warmup_epochs=1),
+    "digits": SMALL | dict(image_size=16, patch_size=2, epochs=20, effective_batch=32, base_lr=2.4e-2, warmup_epochs=1),
     "fashion-mnist": SMALL | dict(image_size=28, patch_size=2, epochs=5),
     "cifar10": SMALL | dict(image_size=32, patch_size=4, flip=True, epochs=20),
     "folder": SMALL | dict(image_size=64, patch_size=8, min_crop=0.2, flip=True, epochs=20),
