@@ -172,9 +172,7 @@ def evaluation_transform(args: argparse.Namespace, mode: str) -> list:
 def evaluate(model: VisionMamba, data: train.Seeded, args: argparse.Namespace, device: torch.device) -> dict:
     """Top-1 and top-5 in percent. Each process takes its share; every image counts exactly once."""
     share = Subset(data, range(train.rank(), len(data), train.world_size()))
-    loader = DataLoader(
-        share, args.batch_size, num_workers=train.workers_for(args), worker_init_fn=train.ignore_signals
-    )
+    loader = DataLoader(share, args.batch_size, num_workers=train.workers_for(args))
     top1 = top5 = 0
     model.eval()
     for images, labels in loader:

@@ -384,6 +384,15 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@contextmanager
+def stopping(stream):
+    """End the data loading processes however the block ends: they ignore signals, and Python would wait for them."""
+    try:
+        yield
+    finally:
+        getattr(stream, "_shutdown_workers", lambda: None)()
+
+
 class Run:
     """A folder with log.jsonl, last.pt, previous.pt and, at the end, results.json and pictures."""
 
@@ -510,7 +519,7 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
     options = dict(num_workers=workers, worker_init_fn=ignore_signals, pin_memory=args.device == "cuda")
     stream, began = iter(DataLoader(data, batch_sampler=batches, **options)), time.monotonic()
     progress = tqdm(range(run.step, steps), initial=run.step, total=steps, disable=rank() > 0, unit="step")
-    with run.signals():
+    with run.signals(), stopping(stream):
         for step in progress:
             epoch = args.epochs * step / steps
             lr = learning_rate(epoch, args.epochs, args.warmup_epochs, peak, args.min_lr)
