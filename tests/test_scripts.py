@@ -354,8 +354,9 @@ def test_a_run_stopped_by_a_signal_resumes_to_the_very_same_weights(stop_at, mon
     def stop(run, record):
         original(run, record)
         if record["step"] == stop_at:  # as a batch scheduler or a terminal does: to every process of the job
-            for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
-                os.kill(process.pid, signal.SIGTERM)
+            processes = (*multiprocessing.active_children(), multiprocessing.current_process())
+            subprocess.run(["kill", "-TERM", *(str(process.pid) for process in processes)], check=True)
+            time.sleep(1)  # for the news of a data loading process that died
 
     monkeypatch.setattr(train.Run, "log", stop)
     with pytest.raises(SystemExit) as end:
@@ -508,6 +509,8 @@ def test_labels_are_balanced_and_disjoint_from_the_held_out():
     assert finetune.pick(targets, 60, seed=0, holdout=None)[0] == labelled
     assert finetune.pick(targets, 60, seed=1, holdout=None)[0] != labelled
     assert sorted(finetune.pick(targets, None, 0, None)[0]) == list(range(1442))
+    rest, held = finetune.pick(targets, None, 0, holdout=300)
+    assert sorted(rest + held) == list(range(1442))
     with pytest.raises(ValueError, match="--labels 2000"):
         finetune.pick(targets, 2000, 0, None)
 
