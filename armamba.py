@@ -46,8 +46,7 @@ def _require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration
+# --- Configuration ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,7 @@ VARIANTS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Patches, clusters, positions
+# --- Patches, clusters, positions -------------------------------------------------------------------------------------
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -222,8 +220,7 @@ def resize_positions(pos: Tensor, old: tuple[int, int], new: tuple[int, int]) ->
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Selective scan
+# --- Selective scan ---------------------------------------------------------------------------------------------------
 
 
 def selective_scan_ref(
@@ -507,8 +504,7 @@ def selective_scan(
     return (y, h.detach()) if return_last_state else y
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Mixer and block
+# --- Mixer and block --------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -571,18 +567,18 @@ def from_directions(y: Tensor, grid: tuple[int, int], cls_index: int | None) -> 
     return (rows + rows_reversed.flip(1) + columns) / 4
 
 
-class DirectionalLinear(nn.Module):
-    """One linear map per scan direction, (b, l, g, in) -> (b, l, g, out). A bias is left to the caller to add."""
+def directional_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """One linear map per scan direction: x (b, l, g, in), weight (g*out, in) -> (b, l, g, out)."""
+    weight = weight.unflatten(0, (x.shape[2], -1))  # (g, out, in)
+    y = x.flatten(0, 1).transpose(0, 1) @ weight.mT  # (g, b*l, in) @ (g, in, out)
+    return y.transpose(0, 1).unflatten(0, x.shape[:2])
 
-    def __init__(self, directions: int, in_features: int, out_features: int, bias: bool = False):
-        super().__init__()
-        bound = in_features**-0.5  # as nn.Linear does
-        self.weight = nn.Parameter(torch.empty(directions, out_features, in_features).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(directions, out_features)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.flatten(0, 1).transpose(0, 1) @ self.weight.mT  # (g, b*l, in) @ (g, in, out)
-        return y.transpose(0, 1).unflatten(0, x.shape[:2])
+def linear(in_features: int, out_features: int) -> nn.Linear:
+    """nn.Linear with a bias that starts at zero."""
+    layer = nn.Linear(in_features, out_features)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class Mixer(nn.Module):
@@ -591,7 +587,8 @@ class Mixer(nn.Module):
     x, z = in_proj(x); in each direction x = silu(conv(x)); dt, B, C = x_proj(x); delta = softplus(dt_proj(dt));
     y = scan(x, delta, A, B, C) + D x; then out_proj(mean over directions of y * silu(z)).
 
-    in_proj, z and out_proj are shared; conv1d, x_proj, dt_proj, A and D belong to a direction each.
+    in_proj, z and out_proj are shared; conv1d, x_proj, dt_proj, A and D belong to a direction each: their parameters
+    hold one direction after the other along the first axis.
     """
 
     def __init__(self, config: ARMConfig, directions: int):
@@ -600,16 +597,16 @@ class Mixer(nn.Module):
         self.directions, self.split = directions, (r, n, n)
         self.in_proj = nn.Linear(d, 2 * d, bias=False)
         self.conv1d = nn.Conv1d(g * d, g * d, config.d_conv, groups=g * d)  # holds the weights, see causal_conv
-        self.x_proj = DirectionalLinear(g, d, r + 2 * n)
-        self.dt_proj = DirectionalLinear(g, r, d, bias=True)
-        self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(g, d, 1))  # (g, d, n)
-        self.D = nn.Parameter(torch.ones(g, d))
+        self.x_proj = nn.Linear(d, g * (r + 2 * n), bias=False)
+        self.dt_proj = nn.Linear(r, g * d)
+        self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(g * d, 1))  # (g*d, n)
+        self.D = nn.Parameter(torch.ones(g * d))
         self.out_proj = nn.Linear(d, d, bias=False)
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(config.depth)
             # with the bias softplus^-1(delta), steps start log-uniform in [0.001, 0.1]; the released code starts three
             # of its four directions at 0.69 when it trains from scratch
-            delta = torch.empty(g, d).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+            delta = torch.empty(g * d).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
             self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None, cls_index: int | None = None) -> Tensor:
@@ -618,15 +615,16 @@ class Mixer(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d) each
         x = to_directions(x, grid, cls_index) if g == 4 else x[:, :, None]  # (b, l, g, d)
         x = causal_conv(x.flatten(2), self.conv1d.weight, self.conv1d.bias)  # (b, l, g*d)
-        dt, B, C = self.x_proj(x.unflatten(2, (g, d))).split(self.split, dim=-1)  # (b, l, g, dt_rank | n | n)
+        x_dbc = directional_linear(x.unflatten(2, (g, d)), self.x_proj.weight)
+        dt, B, C = x_dbc.split(self.split, dim=-1)  # (b, l, g, dt_rank | n | n)
         y = selective_scan(
             x.mT,  # (b, g*d, l)
-            self.dt_proj(dt).flatten(2).mT,  # (b, g*d, l)
-            -torch.exp(self.A_log).flatten(0, 1),  # (g*d, n)
+            directional_linear(dt, self.dt_proj.weight).flatten(2).mT,  # (b, g*d, l)
+            -torch.exp(self.A_log),  # (g*d, n)
             B.permute(0, 2, 3, 1),  # (b, g, n, l)
             C.permute(0, 2, 3, 1),
-            D=self.D.flatten(),
-            delta_bias=self.dt_proj.bias.flatten(),
+            D=self.D,
+            delta_bias=self.dt_proj.bias,
             delta_softplus=True,
         )
         y = y.mT.unflatten(2, (g, d))  # (b, l, g, d)
@@ -640,7 +638,7 @@ class SwiGLU(nn.Module):
     def __init__(self, d: int):
         super().__init__()
         hidden = d * 4 * 2 // 3
-        self.w1, self.w2, self.w3 = nn.Linear(d, hidden), nn.Linear(d, hidden), nn.Linear(hidden, d)
+        self.w1, self.w2, self.w3 = linear(d, hidden), linear(d, hidden), linear(hidden, d)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
@@ -669,12 +667,11 @@ class Block(nn.Module):
         return x + self._drop(self.mlp(self.norm2(x)))
 
 
-# the parameters of which every scan direction has its own; all have the directions in front
+# the parameters of which every scan direction has its own, one after the other along the first axis
 DIRECTIONAL = re.compile(r"mixer\.(conv1d\.weight|conv1d\.bias|x_proj\.weight|dt_proj\.weight|dt_proj\.bias|A_log|D)$")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The encoder of both stages
+# --- The encoder of both stages ---------------------------------------------------------------------------------------
 
 
 class VisionMamba(nn.Module):
@@ -708,7 +705,7 @@ class VisionMamba(nn.Module):
         rates = (drop_path * i / max(1, config.depth - 1) for i in range(config.depth))
         self.layers = nn.ModuleList(Block(config, directions, rate) for rate in rates)
         nn.init.normal_(self.patch_embed.weight, std=(config.channels * p * p) ** -0.5)  # LeCun
-        _zero_biases(self.patch_embed, *self.modules())
+        nn.init.zeros_(self.patch_embed.bias)
         if num_classes is None:
             self.cls_index = None
             self.register_buffer("pos_embed", sincos_positions(d, config.grid))  # (1, l, d)
@@ -716,9 +713,8 @@ class VisionMamba(nn.Module):
             self.cls_index = l // 2 if directions == 4 else l
             self.cls_token = nn.Parameter(torch.empty(1, 1, d).normal_(std=0.02))
             self.pos_embed = nn.Parameter(torch.empty(1, l + 1, d).normal_(std=0.02))
-            self.norm_f, self.head = nn.LayerNorm(d), nn.Linear(d, num_classes)
+            self.norm_f, self.head = nn.LayerNorm(d), linear(d, num_classes)
             nn.init.normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (b, c, height, width) -> tokens with positions, in raster order, class token included, (b, l, d)."""
@@ -795,14 +791,7 @@ class VisionMamba(nn.Module):
         return self.to(pos)  # device and type of the source
 
 
-def _zero_biases(*modules: nn.Module) -> None:
-    for module in modules:
-        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# ARM: predict the next cluster
+# --- ARM: predict the next cluster ------------------------------------------------------------------------------------
 
 
 class DecoderBlock(nn.Module):
@@ -815,10 +804,10 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm_q, self.norm_kv, self.norm_mlp = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
-        self.q, self.kv, self.proj = nn.Linear(d, d), nn.Linear(d, 2 * d), nn.Linear(d, d)
-        self.fc1, self.fc2 = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
-        for linear in (self.q, self.kv, self.proj, self.fc1, self.fc2):
-            nn.init.xavier_uniform_(linear.weight)
+        self.q, self.kv, self.proj = linear(d, d), linear(d, 2 * d), linear(d, d)
+        self.fc1, self.fc2 = linear(d, 4 * d), linear(4 * d, d)
+        for layer in (self.q, self.kv, self.proj, self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, q: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
         """q, kv (b, l, d); mask (l, l), True where a query (row) may look at kv (column) -> (b, l, d)."""
@@ -851,12 +840,11 @@ class ARM(nn.Module):
         _require(not config.norm_pix or values > 1, "norm_pix needs patches of more than one value: enlarge patch_size")
         self.encoder = VisionMamba(config, num_classes=None, directions=1)
         self.tap_norms = nn.ModuleList(nn.LayerNorm(d) for _ in config.taps)
-        self.enc2dec = nn.Linear(len(config.taps) * d, config.decoder_depth * dec)
+        self.enc2dec = linear(len(config.taps) * d, config.decoder_depth * dec)
         self.ar_token = nn.Parameter(torch.empty(1, 1, dec).normal_(std=0.02))
         self.decoder = nn.ModuleList(DecoderBlock(dec, config.decoder_heads) for _ in range(config.decoder_depth))
         self.ar_norm = nn.LayerNorm(dec)
-        self.ar_pred = nn.Linear(dec, config.patch_size**2 * config.channels)
-        _zero_biases(*self.modules())
+        self.ar_pred = linear(dec, config.patch_size**2 * config.channels)
         self.register_buffer("dec_pos_embed", sincos_positions(dec, config.grid))  # (1, l, dec), raster order
         self.register_buffer("order", cluster_order(config), persistent=False)
         cluster = torch.arange(config.n_clusters - 1).repeat_interleave(s * s)  # the cluster of each encoder token
@@ -907,8 +895,7 @@ class ARM(nn.Module):
         return self.loss_per_token(images).mean()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Released checkpoints
+# --- Released checkpoints ---------------------------------------------------------------------------------------------
 
 _RENAMES = {  # names here -> names in the released files, applied one after the other
     r"^encoder\.": "",
@@ -946,9 +933,7 @@ def to_official(model: "ARM | VisionMamba") -> dict[str, Tensor]:
     state = {}
     for name, value in model.state_dict().items():
         names = official_names(name, directions=1 if arm else 4)
-        for official, piece in zip(names, value.chunk(len(names))):
-            stacked = DIRECTIONAL.search(name) and "conv1d" not in name  # conv1d has directions among its channels
-            state[official] = (piece[0] if stacked else piece).clone()
+        state |= {official: piece.clone() for official, piece in zip(names, value.chunk(len(names)))}
     if arm:
         state["mask"] = torch.zeros(model.mask.shape).masked_fill(~model.mask.cpu(), -math.inf)
     return state
@@ -1010,10 +995,8 @@ def load_official(
         ours, theirs = tuple(expected[key].shape), tuple(state[key].shape)
         problems += [f"{key} has shape {theirs}, not {ours}"] if ours != theirs else []
     _require(not problems, "the weights do not fit a released model: " + "; ".join(sorted(problems)))
-    new = {}
-    for name, value in model.state_dict().items():
-        pieces = [state[key].float() for key in official_names(name, directions=1 if arm else 4)]
-        new[name] = torch.cat(pieces).view(value.shape)
+    names = {name: official_names(name, directions=1 if arm else 4) for name in model.state_dict()}
+    new = {name: torch.cat([state[key].float() for key in keys]) for name, keys in names.items()}
     model.load_state_dict(new)
     if image_size is None:
         return model
