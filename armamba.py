@@ -775,10 +775,14 @@ class VisionMamba(nn.Module):
             nn.init.normal_(model.head.weight, std=2e-5)
         return model._load_resized(state, arm.encoder)
 
-    def resized(self, image_size: int | tuple[int, int]) -> "VisionMamba":
-        """The same model for another image size, its positions interpolated (the class token's row is kept)."""
-        config, rate = replace(self.config, image_size=image_size), self.layers[-1].drop_path
-        model = VisionMamba(config, self.num_classes, self.directions, self.pool, rate)
+    def resized(self, image_size: int | tuple[int, int], drop_path: float | None = None) -> "VisionMamba":
+        """The same model for another image size, its positions interpolated (the class token's row is kept).
+
+        drop_path: a new rate, or None to keep the model's.
+        """
+        config = replace(self.config, image_size=image_size)
+        drop_path = self.layers[-1].drop_path if drop_path is None else drop_path
+        model = VisionMamba(config, self.num_classes, self.directions, self.pool, drop_path)
         model.grad_checkpoint = self.grad_checkpoint
         return model._load_resized(self.state_dict(), self).train(self.training)
 

@@ -15,7 +15,7 @@ import train  # first, since it sets OMP_WAIT_POLICY before torch is imported
 import argparse
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
-from armamba import ARM, VARIANTS, ARMConfig, VisionMamba, load_official
+from armamba import ARM, ARMConfig, VisionMamba, load_official
 
 # `scratch` holds what differs when training from scratch: no layer-wise decay, since there is nothing below to protect;
 # for digits also a rate of its own. Both of digits' rates were chosen on held-out images (notebooks/study.py tune).
@@ -32,7 +32,7 @@ IMAGENET = dict(
 )
 IMAGENET |= dict(layer_decay=0.65, drop_path=0.1, ema=0.99992, randaugment=True, erasing=0.25, mixup=0.8, cutmix=1.0)
 IMAGENET |= dict(eval_crop=0.875, scratch=dict(layer_decay=1.0))
-DIGITS = dict(labels=30, max_steps=150, epochs=150, warmup_epochs=15, effective_batch=30, base_lr=8e-2, layer_decay=0.8)
+DIGITS = dict(labels=20, max_steps=150, epochs=150, warmup_epochs=15, effective_batch=20, base_lr=8e-2, layer_decay=0.8)
 DIGITS |= dict(compare=True, scratch=dict(layer_decay=1.0, base_lr=4e-2))
 SMALL = dict(epochs=20, warmup_epochs=2, effective_batch=64, base_lr=4e-3, drop_path=0.1, layer_decay=0.75, mixup=0.8)
 SMALL |= dict(cutmix=1.0, scratch=dict(layer_decay=1.0))
@@ -43,8 +43,11 @@ PRESETS = dict(
 PRESETS = {name: train.PRESETS[name] | preset for name, preset in PRESETS.items()}
 
 
-def finetuning_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Arguments; without --from-scratch, preset and data are those of the checkpoint unless flags say otherwise."""
+SHAPE = ("variant", "d_model", "depth", "d_state", "patch_size", "cluster_size")  # what a checkpoint has settled
+
+
+def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
+    """Arguments and checkpoint; what flags leave open (preset, data, sizes) is taken from the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     train.add_common_arguments(parser)
     add = parser.add_argument_group("what to start from").add_argument
@@ -69,19 +72,25 @@ def finetuning_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--randaugment", action=argparse.BooleanOptionalAction, default=False)
     add("--erasing", type=float, default=0.0, help="probability of random erasing")
     add("--ema", type=float, default=0.0, help="decay per step of an average of the weights, 0 for none")
+    parser.set_defaults(betas=(0.9, 0.999))
+
+    loaded = {}
 
     def inherit(chosen: argparse.Namespace) -> dict:
         if chosen.from_scratch:
             return PRESETS[chosen.preset or "digits"]["scratch"]
         path = chosen.checkpoint or newest_finished("finetune" if chosen.eval else "pretrain")
-        args = train.load_checkpoint(path).get("config", {}).get("args", {})
+        loaded.update(train.load_checkpoint(path))
+        if given := [f"--{name.replace('_', '-')}" for name in SHAPE if getattr(chosen, name) is not None]:
+            raise ValueError(f"{', '.join(given)}: {path} has settled that; leave it out, or train --from-scratch")
+        args = loaded.get("config", {}).get("args", {})
         usual = train.PRESETS.get(args.get("preset"), {})
-        names = ("preset", "data", "image_size", "patch_size", "variant", "flip")
         usual = usual | dict(image_size=train.pair(usual["image_size"])) if usual else {}
+        names = ("preset", "data", "image_size", "flip", "directions", "pool", *SHAPE)
         return dict(checkpoint=path) | {k: args[k] for k in names if k in args and args[k] != usual.get(k)}
 
     presets = {name: {k: v for k, v in preset.items() if k != "scratch"} for name, preset in PRESETS.items()}
-    return train.parse(parser, presets, argv, inherit)
+    return train.parse(parser, presets, argv, inherit), loaded or None
 
 
 def newest_finished(stage: str) -> Path:
@@ -93,13 +102,12 @@ def newest_finished(stage: str) -> Path:
     return found[-1]
 
 
-def build_model(args: argparse.Namespace, mode: str, classes: list[str]) -> VisionMamba:
+def build_model(args: argparse.Namespace, checkpoint: dict | None, mode: str, classes: list[str]) -> VisionMamba:
     """The classifier to train or evaluate: from scratch, from a pretrained model, or a finetuned one."""
-    shape = dict(directions=args.directions, pool=args.pool, drop_path=args.drop_path)
-    if args.from_scratch:
-        sizes = dict(image_size=args.image_size, patch_size=args.patch_size, channels=len(mode))
-        return VisionMamba(replace(VARIANTS[args.variant], **sizes), len(classes), **shape)
-    checkpoint = train.load_checkpoint(args.checkpoint)
+    shape = dict(directions=args.directions, pool=args.pool)
+    if checkpoint is None:
+        config = train.model_config(args, mode, decoder_depth=1)  # there is no decoder
+        return VisionMamba(config, len(classes), drop_path=args.drop_path, **shape)
     train.say(f"starting from {args.checkpoint}")
     config = checkpoint.get("config", {})
     if "model" not in config:
@@ -108,16 +116,17 @@ def build_model(args: argparse.Namespace, mode: str, classes: list[str]) -> Visi
         model = ARM(ARMConfig(**config["model"]))
         model.load_state_dict(checkpoint["model"])
     else:
-        shape |= config["classifier"]
-        model = VisionMamba(ARMConfig(**config["model"]), len(config["classes"]), **shape)
+        model = VisionMamba(ARMConfig(**config["model"]), len(config["classes"]), **config["classifier"])
         model.load_state_dict(checkpoint[args.weights])
     if isinstance(model, ARM):
         if args.eval:
             raise ValueError(f"{args.checkpoint} is a pretrained model without a head: finetune it before --eval")
-        return VisionMamba.from_arm(model, len(classes), args.image_size, **shape)
+        return VisionMamba.from_arm(model, len(classes), args.image_size, drop_path=args.drop_path, **shape)
+    if dict(directions=model.directions, pool=model.pool) != shape:
+        raise ValueError(f"{args.checkpoint} has {model.directions} directions and pool {model.pool}: leave these out")
     if model.num_classes != len(classes) or config.get("classes", classes) != classes:
         raise ValueError(f"the checkpoint knows {model.num_classes} classes, the data has {len(classes)} or others")
-    return model.resized(args.image_size)
+    return model.resized(args.image_size, args.drop_path)
 
 
 def pick(targets: list[int], number: int | None, seed: int, holdout: int | None) -> tuple[list[int], list[int]]:
@@ -197,7 +206,7 @@ def layer_scale(depth: int, decay: float):
     return scale
 
 
-def run_one(args: argparse.Namespace) -> dict:
+def run_one(args: argparse.Namespace, checkpoint: dict | None) -> dict:
     """Train (unless --eval) and evaluate one classifier."""
     device = train.set_up(args)
     images = train.load_images(args, train=True) if not args.eval or args.holdout else None
@@ -209,7 +218,7 @@ def run_one(args: argparse.Namespace) -> dict:
             f"training images are of classes {images.classes}, test images of {classes}: make them the same"
         )
     torch.manual_seed(train.seed_from("weights", args.seed))
-    model = build_model(args, (images or test).mode, classes).to(device)
+    model = build_model(args, checkpoint, (images or test).mode, classes).to(device)
     model.grad_checkpoint = args.grad_checkpoint
     mode = test.mode = "RGB" if model.config.channels == 3 else "L"  # grey images are made RGB for an RGB model
     if images:
@@ -223,7 +232,7 @@ def run_one(args: argparse.Namespace) -> dict:
         data = train.Seeded(images, augmentation(args, mode), args.seed, labelled)
         scale = layer_scale(model.config.depth, args.layer_decay)
         optimizer = torch.optim.AdamW(
-            train.parameter_groups(model, args.weight_decay, scale), betas=(0.9, 0.999), eps=1e-8
+            train.parameter_groups(model, args.weight_decay, scale), betas=args.betas, eps=1e-8
         )
         if args.ema:
             ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
@@ -256,13 +265,13 @@ def run_one(args: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> dict:
     """Finetune or evaluate; returns what is also written to results.json."""
     argv = sys.argv[1:] if argv is None else argv
-    args = finetuning_arguments(argv)
-    results = run_one(args)
+    args, checkpoint = finetuning_arguments(argv)
+    results = run_one(args, checkpoint)
     if args.compare and not args.from_scratch and not args.eval:
         recipe = PRESETS[args.preset]["scratch"] | dict(from_scratch=True, checkpoint=None)
         scratch = argparse.Namespace(**vars(args) | recipe)
         scratch.output_dir = args.output_dir and args.output_dir / "from-scratch"
-        results["scratch"] = run_one(scratch)
+        results["scratch"] = run_one(scratch, None)
         gain = results["top1"] - results["scratch"]["top1"]
         train.say(
             f"pretraining: {gain:+.1f} points over the same training from scratch, {results['labels']} labels, one seed"

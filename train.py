@@ -28,7 +28,7 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -40,26 +40,17 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from armamba import ARM, ORDERS, VARIANTS, from_clusters, patchify, scan_backend, unpatchify
+from armamba import ARM, ORDERS, VARIANTS, ARMConfig, from_clusters, patchify, scan_backend, unpatchify
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Presets and arguments
+# --- Presets and arguments --------------------------------------------------------------------------------------------
 
 # The paper's recipe; 40 epochs of warm-up are those of the released commands, the paper says 5 (--warmup-epochs 5)
 IMAGENET = dict(image_size=192, patch_size=16, cluster_size=4, min_crop=0.2, flip=True, epochs=1600, warmup_epochs=40)
 IMAGENET |= dict(variant="base", effective_batch=2048, base_lr=1.5e-4)
-SMALL = dict(
-    threads=1,
-    variant="micro",
-    cluster_size=2,
-    effective_batch=64,
-    warmup_epochs=2,
-    base_lr=1.2e-2,
-    min_crop=0.4,
-    flip=False,
-)
+SMALL = dict(variant="micro", threads=1, cluster_size=2, effective_batch=64, base_lr=1.2e-2, warmup_epochs=2)
+SMALL |= dict(min_crop=0.4, flip=False)
 PRESETS = {
-    "digits": SMALL | dict(image_size=16, patch_size=2, epochs=20, effective_batch=32, base_lr=2.4e-2, warmup_epochs=1),
+    "digits": SMALL | dict(image_size=18, patch_size=3, epochs=35, effective_batch=32, base_lr=2.4e-2, warmup_epochs=1),
     "fashion-mnist": SMALL | dict(image_size=28, patch_size=2, epochs=5),
     "cifar10": SMALL | dict(image_size=32, patch_size=4, flip=True, epochs=20),
     "folder": SMALL | dict(image_size=64, patch_size=8, min_crop=0.2, flip=True, epochs=20),
@@ -81,6 +72,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-workers", type=int, help="data loading processes; default: up to 8 for folders, 1 for small images")
     add = parser.add_argument_group("model").add_argument
     add("--variant", choices=tuple(VARIANTS), help="widths and depth")
+    add("--d-model", type=int, help="width; default: by variant, as for the next two")
+    add("--depth", type=int, help="number of blocks")
+    add("--d-state", type=int, help="state size per channel")
     add("--patch-size", type=int, help="pixels per side of a patch")
     add("--cluster-size", type=int, help="patches per side of a cluster")
     add = parser.add_argument_group("recipe").add_argument
@@ -93,6 +87,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-lr", type=float, default=0.0, help="learning rate at the end")
     add("--warmup-epochs", type=float)
     add("--weight-decay", type=float, default=0.05)
+    add("--betas", type=float, nargs=2, default=(0.9, 0.95), metavar="B", help="of AdamW")
     add("--clip-grad", type=float, default=0.0, help="largest global gradient norm, 0 for none")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=int, default=0)
@@ -121,7 +116,16 @@ def parse(parser: argparse.ArgumentParser, presets: dict, argv, inherit=lambda c
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     args.image_size = pair(args.image_size)
+    if not 0 <= args.warmup_epochs < args.epochs:
+        raise ValueError(f"--warmup-epochs {args.warmup_epochs} must be at least 0 and below --epochs {args.epochs}: set it")
     return args
+
+
+def model_config(args: argparse.Namespace, mode: str, **others) -> ARMConfig:
+    """The variant's shapes with what flags say; channels follow the data."""
+    given = {field.name: getattr(args, field.name, None) for field in fields(ARMConfig)}
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(VARIANTS[args.variant], **dict(taps=None, channels=len(mode), order_seed=args.seed) | given | others)
 
 
 def pair(size) -> tuple[int, int]:
@@ -138,12 +142,12 @@ def pretraining_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--norm-pix", action=SWITCH, default=True, help="normalise the pixels of each target")
     add("--decoder-dim", type=int, help="default: by variant")
     add("--decoder-depth", type=int, help="default: by variant")
+    add("--taps", type=int, nargs="+", help="encoder blocks that the decoder reads; default: evenly, the later half")
     parser.set_defaults(clip_grad=3.0)
     return parse(parser, PRESETS, argv)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data
+# --- Data -------------------------------------------------------------------------------------------------------------
 
 PIXELS = {"RGB": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), "L": ([0.449], [0.226])}  # mean, standard deviation
 
@@ -274,8 +278,7 @@ def workers_for(args: argparse.Namespace) -> int:
     return args.num_workers if args.num_workers is not None else 0 if os.name == "nt" else default
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimiser and schedule
+# --- Optimiser and schedule -------------------------------------------------------------------------------------------
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float, scale=lambda name: 1.0) -> list[dict]:
@@ -298,8 +301,7 @@ def learning_rate(epoch: float, epochs: float, warmup: float, peak: float, minim
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Processes and devices
+# --- Processes and devices --------------------------------------------------------------------------------------------
 
 
 def rank() -> int:
@@ -359,8 +361,7 @@ def run_script(main) -> None:
             dist.destroy_process_group()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The run's folder
+# --- The run's folder -------------------------------------------------------------------------------------------------
 
 
 def load_checkpoint(path: Path | str) -> dict:
@@ -491,8 +492,7 @@ class Run:
         return results
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The loop, of both stages
+# --- The loop, of both stages -----------------------------------------------------------------------------------------
 
 
 def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, ema=None) -> float:
@@ -558,8 +558,7 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
     return before + time.monotonic() - began
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pretraining
+# --- Pretraining ------------------------------------------------------------------------------------------------------
 
 
 def loss_figure(records: list[dict]):
@@ -622,15 +621,13 @@ def main(argv: list[str] | None = None) -> dict:
     """Pretrain; returns what is also written to results.json."""
     args = pretraining_arguments(argv)
     device, images = set_up(args), load_images(args, train=True)
-    names = ("image_size", "patch_size", "cluster_size", "order", "norm_pix", "decoder_dim", "decoder_depth")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    model_config = replace(VARIANTS[args.variant], taps=None, channels=len(images.mode), order_seed=args.seed, **given)
+    shape = model_config(args, images.mode)
     torch.manual_seed(seed_from("weights", args.seed))
-    arm = ARM(model_config).to(device)
+    arm = ARM(shape).to(device)
     arm.encoder.grad_checkpoint = args.grad_checkpoint
-    optimizer = torch.optim.AdamW(parameter_groups(arm, args.weight_decay), betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(parameter_groups(arm, args.weight_decay), betas=args.betas, eps=1e-8)
     data = Seeded(images, random_crop(args) + to_tensor(images.mode), args.seed)
-    run, config = Run(args, "pretrain"), dict(model=asdict(model_config), mode=images.mode, classes=images.classes)
+    run, config = Run(args, "pretrain"), dict(model=asdict(shape), mode=images.mode, classes=images.classes)
     seconds = fit(args, run, arm, lambda net, x, _: net(x), data, optimizer, config)
 
     if rank() > 0:

@@ -50,7 +50,7 @@ def pixels(name: str, seed: int, labels: int) -> dict:
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
 
-    args = finetune.finetuning_arguments(["--from-scratch", "--labels", str(labels), "--seed", str(seed)])
+    args, _ = finetune.finetuning_arguments(["--from-scratch", "--labels", str(labels), "--seed", str(seed)])
     images, test = train.load_images(args, train=True), train.load_images(args, train=False)
     chosen, held = finetune.pick(images.targets, labels, seed, holdout=300)
     steps = train.random_crop(args) + train.to_tensor("L")

@@ -424,6 +424,7 @@ def test_resized(directions):
     other = model.resized((12, 20))
     assert other(random_images(other.config)).shape == (2, 7)
     assert [x.drop_path for x in other.layers] == [x.drop_path for x in model.layers] and other.pool == "cls"
+    assert model.resized(8, drop_path=0.4).layers[-1].drop_path == 0.4
     old, new = model.pos_embed, other.pos_embed
     i, j = model.cls_index, other.cls_index
     assert torch.equal(new[:, j], old[:, i])

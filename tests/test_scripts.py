@@ -77,7 +77,7 @@ def make_folder(root, classes=("cat", "dog"), per_class=6, size=(40, 30), mode="
 
 
 def test_flags_override_presets_and_mistakes_are_named(capsys):
-    args = train.pretraining_arguments(["--preset", "imagenet-large", "--epochs", "7"])
+    args = train.pretraining_arguments(["--preset", "imagenet-large", "--epochs", "7", "--warmup-epochs", "1"])
     assert (args.epochs, args.variant, args.effective_batch, args.clip_grad) == (7, "large", 1024, 3.0)
     assert args.image_size == (192, 192)
     assert train.pretraining_arguments(["--image-size", "32", "48"]).image_size == (32, 48)
@@ -115,10 +115,10 @@ def test_the_papers_pretraining_recipe(name, batch, lr, epochs):
 
 @pytest.mark.parametrize("name, decay, drop", [("base", 0.65, 0.1), ("large", 0.75, 0.3), ("huge", 0.75, 0.3)])
 def test_the_papers_finetuning_recipe(name, decay, drop):
-    args = finetune.finetuning_arguments(["--preset", f"imagenet-{name}", "--from-scratch"])
+    args, _ = finetune.finetuning_arguments(["--preset", f"imagenet-{name}", "--from-scratch"])
     assert args.layer_decay == 1.0 and args.drop_path == drop  # from scratch: no layer-wise decay
     torch.save({"ar_token": torch.zeros(1)}, "released.pth")
-    args = finetune.finetuning_arguments(["--preset", f"imagenet-{name}", "--checkpoint", "released.pth"])
+    args, _ = finetune.finetuning_arguments(["--preset", f"imagenet-{name}", "--checkpoint", "released.pth"])
     assert (args.layer_decay, args.drop_path, args.epochs, args.warmup_epochs) == (decay, drop, 100, 5)
     assert args.base_lr * args.effective_batch / 256 == pytest.approx(2e-3) and args.effective_batch == 1024
     assert (args.min_lr, args.weight_decay, args.clip_grad, args.ema) == (1e-6, 0.05, 0.0, 0.99992)
@@ -391,8 +391,8 @@ def test_the_average_of_weights_starts_at_the_initial_ones():
     )
     checkpoint = load("run/last.pt")
     torch.manual_seed(train.seed_from("weights", 0))
-    args = finetune.finetuning_arguments(["--from-scratch"])
-    start = finetune.build_model(args, "L", [str(i) for i in range(10)]).state_dict()
+    args, _ = finetune.finetuning_arguments(["--from-scratch"])
+    start = finetune.build_model(args, None, "L", [str(i) for i in range(10)]).state_dict()
     for name, value in checkpoint["model_ema"].items():
         torch.testing.assert_close(value, 0.9 * start[name] + 0.1 * checkpoint["model"][name], rtol=1e-4, atol=1e-6)
 
@@ -487,10 +487,37 @@ def test_comparison_trains_both_with_their_own_recipe(capsys):
     assert Path("out/from-scratch/results.json").exists() and "points over" in capsys.readouterr().out
 
 
+def test_model_flags():
+    shapes = ["--d-model", 32, "--depth", 3, "--d-state", 8, "--decoder-dim", 24, "--decoder-depth", 2, "--taps", 1, 3]
+    pretrain("--output-dir", "run", *shapes, "--betas", 0.8, 0.9)
+    checkpoint = load("run/last.pt")
+    model, betas = checkpoint["config"]["model"], checkpoint["optimizer"]["param_groups"][0]["betas"]
+    assert (model["d_model"], model["depth"], model["d_state"], model["taps"]) == (32, 3, 8, (1, 3))
+    assert (model["decoder_dim"], model["decoder_depth"], tuple(betas)) == (24, 2, (0.8, 0.9))
+    classify("--checkpoint", "run/last.pt", "--compare", "--output-dir", "ft", "--directions", 1)
+    for run in ("ft", "ft/from-scratch"):
+        model = load(f"{run}/last.pt")["config"]["model"]
+        assert (model["d_model"], model["depth"], model["d_state"]) == (32, 3, 8)
+
+
+def test_flags_that_cannot_be_obeyed_are_errors():
+    pretrain("--output-dir", "run")
+    with pytest.raises(ValueError, match="--d-model, --patch-size: run/last.pt has settled that; leave it out, or"):
+        classify("--checkpoint", "run/last.pt", "--d-model", 32, "--patch-size", 4)
+    classify("--checkpoint", "run/last.pt", "--directions", 1, "--pool", "cls", "--output-dir", "ft")
+    assert classify("--checkpoint", "ft/last.pt", "--eval")["images"] == 355  # both are taken from the checkpoint
+    for flags in (("--directions", 4), ("--pool", "mean")):
+        with pytest.raises(ValueError, match="ft/last.pt has 1 directions and pool cls: leave these out"):
+            classify("--checkpoint", "ft/last.pt", "--eval", *flags)
+    for flags in (("--warmup-epochs", 20, "--epochs", 20), ("--warmup-epochs", -1)):
+        with pytest.raises(ValueError, match="--warmup-epochs .* must be at least 0 and below --epochs"):
+            pretrain(*flags)
+
+
 def test_pretrained_weights_arrive():
     pretrain("--output-dir", "run")
-    args = finetune.finetuning_arguments(["--checkpoint", "run/last.pt"])
-    model = finetune.build_model(args, "L", [str(i) for i in range(10)])
+    args, checkpoint = finetune.finetuning_arguments(["--checkpoint", "run/last.pt"])
+    model = finetune.build_model(args, checkpoint, "L", [str(i) for i in range(10)])
     state = load("run/last.pt")["model"]
     for direction in model.layers[3].mixer.A_log.chunk(4):
         assert torch.equal(direction, state["encoder.layers.3.mixer.A_log"])

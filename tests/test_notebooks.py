@@ -1,0 +1,102 @@
+"""Every notebook: its form, a run as a student (nothing solved) and a run with the solutions moved into their stubs.
+
+The wrong answers that the checks must catch are in test_checks.py; grading hand-ins is grade.py's.
+"""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path: Path):
+    return nbformat.read(path, as_version=4)
+
+
+def tagged(notebook, tag: str) -> dict:
+    """The notebook's cells with this tag, by the name of their exercise."""
+    return {c.metadata["exercise"]: c for c in notebook.cells if tag in c.metadata.get("tags", [])}
+
+
+def solution(cell) -> str:
+    """The code in a collapsed solution."""
+    return re.search(r"```python\n(.*?)```", cell.source, re.DOTALL)[1]
+
+
+def with_solutions(notebook):
+    """A copy with every stub replaced by its solution."""
+    notebook = copy.deepcopy(notebook)
+    solutions = tagged(notebook, "solution")
+    for name, cell in tagged(notebook, "exercise").items():
+        cell.source = solution(solutions[name])
+    return notebook
+
+
+def execute(notebook, folder: Path) -> dict[str, str]:
+    """Run a notebook in a folder; returns what the check of each exercise printed."""
+    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
+    client.execute()
+    checks = tagged(notebook, "check")
+    return {name: "".join(out.get("text", "") for out in cell.outputs) for name, cell in checks.items()}
+
+
+@each
+def test_form(path):
+    notebook, text = read(path), path.read_text()
+    assert len(text) < 500_000, "outputs are too large"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "not one clean run"
+    assert not any(out.output_type == "error" for cell in code for out in cell.outputs)
+    assert "tqdm.auto" not in text and "/root/" not in text and "/tmp/" not in text
+    stubs, checks, solutions = (tagged(notebook, tag) for tag in ("exercise", "check", "solution"))
+    assert 2 <= len(stubs) <= 4 and stubs.keys() == checks.keys() == solutions.keys()
+    for name, stub in stubs.items():
+        assert "raise NotImplementedError" in stub.source
+        assert "".join(out.text for out in checks[name].outputs) == f"{name}: not implemented yet\n"
+        assert "<details>" in solutions[name].source and solution(solutions[name])
+        assert re.search(r"checks\.(\w+)\(", checks[name].source)[1] == name
+
+
+@pytest.mark.slow
+@each
+@pytest.mark.parametrize("who", ["student", "solved"])
+def test_runs(path, who, tmp_path, monkeypatch):
+    """As a student from the notebooks' folder, solved from the repository's root; in test mode, which cuts steps."""
+    monkeypatch.setenv("ARMAMBA_TEST", "1")
+    notebook = read(path) if who == "student" else with_solutions(read(path))
+    printed = execute(notebook, path.parent if who == "student" else ROOT)
+    verdict = "not implemented yet" if who == "student" else "passed"
+    assert printed == {name: f"{name}: {verdict}\n" for name in printed}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[:1], ids=lambda path: path.stem)
+def test_handing_out_leaves_no_solution(path, tmp_path):
+    """The README's command for teachers."""
+    command = [
+        sys.executable,
+        "-m",
+        "jupyter",
+        "nbconvert",
+        "--to",
+        "notebook",
+        str(path),
+        "--output-dir",
+        str(tmp_path),
+    ]
+    command += ["--TagRemovePreprocessor.enabled=True", "--TagRemovePreprocessor.remove_cell_tags=solution"]
+    subprocess.run(command, check=True, capture_output=True)
+    out = json.loads((tmp_path / path.name).read_text())
+    assert not any("solution" in cell["metadata"].get("tags", []) for cell in out["cells"])
+    assert any("exercise" in cell["metadata"].get("tags", []) for cell in out["cells"])
+    assert not any("<details>" in "".join(cell["source"]) for cell in out["cells"])
