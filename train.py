@@ -23,6 +23,7 @@ import argparse
 import json
 import math
 import pickle
+import platform
 import signal
 import sys
 import time
@@ -39,6 +40,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from armamba import ARM, ORDERS, VARIANTS, ARMConfig, from_clusters, patchify, scan_backend, unpatchify
 
@@ -117,7 +123,7 @@ def parse(parser: argparse.ArgumentParser, presets: dict, argv, inherit=lambda c
     args = parser.parse_args(argv)
     args.image_size = pair(args.image_size)
     if not 0 <= args.warmup_epochs < args.epochs:
-        raise ValueError(f"--warmup-epochs {args.warmup_epochs} must be at least 0 and below --epochs {args.epochs}: set it")
+        raise ValueError(f"--warmup-epochs {args.warmup_epochs} must be from 0 to below --epochs {args.epochs}: set it")
     return args
 
 
@@ -350,6 +356,24 @@ def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def circumstances(device: str) -> dict:
+    """What a result was measured on, and the process's largest memory so far (of the GPU, if that is used)."""
+    if device == "cuda":
+        machine, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
+    else:
+        info = Path("/proc/cpuinfo")
+        names = (
+            [line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line]
+            if info.exists()
+            else []
+        )
+        machine, peak = f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores", None
+        if resource:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    today = time.strftime("%Y-%m-%d")
+    return dict(machine=machine, torch=torch.__version__, date=today, peak_memory_mib=peak and round(peak))
+
+
 def run_script(main) -> None:
     """Run a script's main(); a user's mistake is one line, not a traceback."""
     try:
@@ -403,7 +427,13 @@ class Run:
         stem = Path("runs") / f"{stage}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
         fresh = (f"{stem}{'-' if i else ''}{i or ''}" for i in range(1000))
         self.folder = args.output_dir or next(Path(name) for name in fresh if not Path(name).exists())
-        self.stage, self.saved_at, self.signal, self.state = stage, time.monotonic(), None, None
+        self.stage, self.device, self.saved_at, self.signal, self.state = (
+            stage,
+            args.device,
+            time.monotonic(),
+            None,
+            None,
+        )
         checkpoints = [self.folder / name for name in ("last.pt", "previous.pt") if (self.folder / name).exists()]
         if checkpoints and not args.resume:
             raise ValueError(f"{self.folder} holds a run: add --resume to go on, or give another --output-dir")
@@ -486,8 +516,9 @@ class Run:
             sys.exit(0)
 
     def write_results(self, results: dict) -> dict:
+        results |= dict(stage=self.stage) | circumstances(self.device)
         if rank() == 0:
-            text = json.dumps(dict(stage=self.stage, **results), indent=1, default=str)
+            text = json.dumps(results, indent=1, default=str)
             (self.folder / "results.json").write_text(text + "\n")
         return results
 

@@ -1,58 +1,105 @@
-"""Run a named grid of train/finetune configurations, one line of results per run, and make tables from those lines.
+"""Run a study, one line of results per run, and make tables from those lines.
 
-    python notebooks/study.py tune            # learning rates of both sides, on held-out training images
-    python notebooks/study.py default         # the README's table: pretrained, from scratch, pixels; five seeds
-    python notebooks/study.py default --table # the table again, from notebooks/results/default.jsonl alone
+    python notebooks/study.py default            # the README's table: pretrained, from scratch, pixels; five seeds
+    python notebooks/study.py default --table    # the table again, from notebooks/results/default.jsonl alone
+    python notebooks/study.py tune --seeds 100 101 102    # learning rates, on held-out training images
 
-A run that has its line is skipped, so a study that was killed goes on where it stopped. Checkpoints go to runs/study/.
+Runs use the two scripts and leave their folders in runs/study/. A run that has its line is skipped and one that was
+interrupted is resumed, so a study can be killed at any time, and several processes with different --seeds can share it.
 """
 
 import argparse
 import json
 import math
-import os
-import platform
-import re
 import statistics
+import subprocess
 import sys
-import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, RUNS = ROOT / "notebooks" / "results", ROOT / "runs" / "study"
+sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch  # noqa: E402, I001
 
-import finetune  # noqa: E402  (sets OMP_WAIT_POLICY)
-import train  # noqa: E402
+import finetune  # noqa: E402
+import train  # noqa: E402  (first: it sets OMP_WAIT_POLICY)
+from armamba import ORDERS  # noqa: E402
 
-SEEDS = (0, 1, 2, 3, 4)
-LABELS = (30, 100)
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided Student t by number of seeds
+PIXELS, TOTAL = "pixels", "total time"
+HELD = ("--holdout", 300)
+
+# study: {row: (flags of train.py, or None to start from random weights; flags of finetune.py)}. The first row is what
+# the others are compared with. In `tune` both sides have the same number of runs.
+STUDIES = {
+    "tune": {f"pretrained, base lr {lr}": ((), (*HELD, "--base-lr", lr)) for lr in ("4e-2", "8e-2", "1.6e-1", "3.2e-1")}
+    | {f"from scratch, base lr {lr}": (None, (*HELD, "--base-lr", lr)) for lr in ("4e-2", "8e-2", "1.6e-1", "3.2e-1")},
+    "default": {
+        "pretrained": ((), ()),
+        "from scratch, same finetuning": (None, ()),
+        "from scratch, time of both stages": (None, TOTAL),
+        "1-nearest neighbour on pixels": PIXELS,
+        "logistic regression on pixels": PIXELS,
+    },
+    "unit": {
+        "clusters of 2x2 patches, pixels normalised": ((), ()),
+        "clusters of 1x1": (("--cluster-size", 1), ()),
+        "clusters of 3x3": (("--cluster-size", 3), ()),
+        "pixels not normalised": (("--no-norm-pix",), ()),
+        "decoder of one block": (("--decoder-depth", 1), ()),
+        "decoder half as wide": (("--decoder-dim", 32), ()),
+    },
+    "order": {order: (("--order", order), ()) for order in ORDERS},
+    "directions": {
+        "pretrained, four directions": ((), ()),
+        "pretrained, one direction": ((), ("--directions", 1)),
+        "from scratch, four directions": (None, ()),
+        "from scratch, one direction": (None, ("--directions", 1)),
+    },
+}
 
 
-def pretrain(seed: int) -> tuple[Path, float]:
-    """The checkpoint of the default pretraining run with this seed, and the seconds it took."""
-    folder = Path("runs/study") / f"pretrain-{seed}"
+def script(name: str, folder: Path, *flags) -> dict:
+    """Run train.py or finetune.py in a folder to its end, or what is left of it; returns its results."""
     if not (folder / "results.json").exists():
-        train.main(["--seed", str(seed), "--output-dir", str(folder), "--resume"])
-    return folder / "last.pt", json.loads((folder / "results.json").read_text())["seconds"]
+        command = [sys.executable, str(ROOT / name), *map(str, flags), "--output-dir", str(folder), "--resume"]
+        subprocess.run(command, cwd=ROOT, check=True)
+    return json.loads((folder / "results.json").read_text())
 
 
-def classify(name: str, seed: int, *flags) -> dict:
-    folder = Path("runs/study") / f"{name}-{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    flags = [*map(str, flags), "--no-compare", "--seed", str(seed), "--output-dir", str(folder)]
-    return finetune.main(flags)
+def slug(*words) -> str:
+    return "-".join(str(word).strip("-").replace(" ", "-").replace(",", "") for word in words)
 
 
-def pixels(name: str, seed: int, labels: int) -> dict:
+def run(study: str, row: str, seed: int) -> dict:
+    """One run of a study; returns its results."""
+    if STUDIES[study][row] is PIXELS:
+        return pixels(row, seed)
+    pretraining, finetuning = STUDIES[study][row]
+    flags = ["--no-compare", "--seed", seed]
+    if pretraining is None:
+        flags += ["--from-scratch"]
+    else:
+        folder = RUNS / slug("pretrain", *pretraining, seed)
+        pretrained = script("train.py", folder, *pretraining, "--seed", seed)
+        flags += ["--checkpoint", folder / "last.pt"]
+    if finetuning is TOTAL:  # as many steps as fit into the time of pretraining and finetuning
+        finished = {line["row"]: line["results"] for line in read(study) if line["seed"] == seed}
+        both, scratch = finished["pretrained"], finished["from scratch, same finetuning"]
+        seconds = both["pretraining_seconds"] + both["seconds"]
+        finetuning = "--max-steps", round(scratch["args"]["max_steps"] * seconds / scratch["seconds"])
+    results = script("finetune.py", RUNS / slug(study, row, seed), *flags, *finetuning)
+    return results if pretraining is None else results | dict(pretraining_seconds=pretrained["seconds"])
+
+
+def pixels(row: str, seed: int) -> dict:
     """Raw pixels: five placements of each labelled image; test images as finetune.py has them, C on held-out ones."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
 
-    args, _ = finetune.finetuning_arguments(["--from-scratch", "--labels", str(labels), "--seed", str(seed)])
+    args, _ = finetune.finetuning_arguments(["--from-scratch", "--seed", str(seed)])
     images, test = train.load_images(args, train=True), train.load_images(args, train=False)
-    chosen, held = finetune.pick(images.targets, labels, seed, holdout=300)
+    chosen, held = finetune.pick(images.targets, args.labels, seed, holdout=300)
     steps = train.random_crop(args) + train.to_tensor("L")
 
     def arrays(data, draws):
@@ -60,112 +107,56 @@ def pixels(name: str, seed: int, labels: int) -> dict:
         return torch.stack([image.flatten() for image, _ in pairs]).numpy(), [label for _, label in pairs]
 
     placed = train.Seeded(images, steps, seed, chosen)
-    fitted = arrays(placed, [(epoch, i) for epoch in range(5) for i in range(labels)])
+    fitted = arrays(placed, [(epoch, i) for epoch in range(5) for i in range(len(chosen))])
     models = [KNeighborsClassifier(1)]
-    if name == "logistic regression":
+    if "regression" in row:
         models = [LogisticRegression(C=C, max_iter=3000) for C in (0.001, 0.01, 0.1, 1.0)]
     tuning = arrays(train.Seeded(images, steps, 0, held), range(300))
     best = max(models, key=lambda model: model.fit(*fitted).score(*tuning))
-    return dict(top1=100 * best.score(*arrays(train.Seeded(test, steps, 0), range(len(test)))), images=len(test))
-
-
-def runs(study: str, seeds: list[int]):
-    """The runs of a study, most informative first: (name, labels, seed, function that returns finetune.py's flags)."""
-    if study == "tune":  # the same effort for both sides, a seed that the study does not use, 300 held-out images
-        flags = ("--holdout", 300)
-        for lr in ("1e-2", "2e-2", "4e-2", "8e-2"):
-            yield f"scratch {lr}", 30, 100, lambda lr=lr: ("--from-scratch", *flags, "--base-lr", lr)
-        for lr, decay in (("2e-2", "0.8"), ("4e-2", "0.8"), ("8e-2", "0.8"), ("4e-2", "0.65")):
-            start = lambda: ("--checkpoint", pretrain(100)[0])  # noqa: E731
-            yield (
-                f"pretrained {lr} {decay}",
-                30,
-                100,
-                lambda lr=lr, d=decay, s=start: (*s(), *flags, "--base-lr", lr, "--layer-decay", d),
-            )
-    elif study == "default":
-        for labels in LABELS:
-            for seed in seeds:
-                yield "pretrained", labels, seed, lambda s=seed: ("--checkpoint", pretrain(s)[0])
-                yield "scratch, same finetuning", labels, seed, lambda: ("--from-scratch",)
-                yield "1-nearest neighbour", labels, seed, None
-                yield "logistic regression", labels, seed, None
-                yield "scratch, total time", labels, seed, lambda s=seed, n=labels: longer(s, n)
-    else:
-        raise ValueError(f"study {study!r} is unknown: choose tune or default")
-
-
-def longer(seed: int, labels: int) -> tuple:
-    """From scratch for as many steps as fit into the time of pretraining and finetuning together."""
-    lines = [r for r in read("default") if (r["seed"], r["labels"]) == (seed, labels)]
-    finetuning, scratch = (
-        next(r for r in lines if r["name"] == name) for name in ("pretrained", "scratch, same finetuning")
-    )
-    total = pretrain(seed)[1] + finetuning["metrics"]["seconds"]
-    steps = scratch["config"]["max_steps"] * total / scratch["metrics"]["seconds"]
-    return "--from-scratch", "--max-steps", round(steps)
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+    top1 = 100 * best.score(*arrays(train.Seeded(test, steps, 0), range(len(test))))
+    return dict(top1=top1, images=len(test), args=vars(args)) | train.circumstances("cpu")
 
 
 def read(study: str) -> list[dict]:
-    path = HERE / "results" / f"{study}.jsonl"
+    path = RESULTS / f"{study}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def run(study: str, seeds: list[int]) -> None:
-    (HERE / "results").mkdir(exist_ok=True)
-    machine = f"{cpu_name()}, {os.cpu_count()} cores"
-    versions = dict(torch=torch.__version__, python=platform.python_version())
-    for name, labels, seed, flags in runs(study, seeds):
-        if any((r["name"], r["labels"], r["seed"]) == (name, labels, seed) for r in read(study)):
-            continue
-        results = classify(study, seed, *flags(), "--labels", labels) if flags else pixels(name, seed, labels)
-        line = dict(study=study, name=name, labels=labels, seed=seed, date=time.strftime("%Y-%m-%d"))
-        line |= dict(metrics={k: v for k, v in results.items() if k != "args"}, config=results.get("args", {}))
-        line |= dict(machine=machine, versions=versions)
-        with open(HERE / "results" / f"{study}.jsonl", "a") as file:
-            file.write(json.dumps(line, default=str) + "\n")
 
 
 def interval(values: list[float]) -> str:
     """Mean and half width of its 95 % t-interval."""
     if len(values) < 2:
         return f"{values[0]:.1f}"
-    half = T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.mean(values):.1f} ± {half:.1f}"
 
 
 def table(study: str) -> str:
-    """Markdown: top-1 by name and number of labels, and the paired difference to `pretrained`."""
-    lines = read(study)
-    scores = {(r["name"], r["labels"], r["seed"]): r["metrics"]["top1"] for r in lines}
-    names, labels = list(dict.fromkeys(r["name"] for r in lines)), sorted({r["labels"] for r in lines})
-    rows = [["top-1 (%)", *(f"{n} labels" for n in labels), *(f"difference, {n}" for n in labels)]]
-    for name in names:
-        row, differences = [name], []
-        for n in labels:
-            seeds = sorted(seed for m, k, seed in scores if (m, k) == (name, n))
-            row.append(interval([scores[name, n, s] for s in seeds]) if seeds else "")
-            pairs = [scores["pretrained", n, s] - scores[name, n, s] for s in seeds if ("pretrained", n, s) in scores]
-            differences.append(interval(pairs) if pairs and name != "pretrained" else "")
-        rows.append(row + differences)
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    """Markdown: top-1, and by how much the first row is ahead, paired by seed."""
+    scores: dict[str, dict[int, float]] = {}
+    for line in read(study):
+        scores.setdefault(line["row"], {})[line["seed"]] = line["results"]["top1"]
+    first = next(row for row in STUDIES[study] if row in scores)
+    rows = [f"| {study} | top-1 (%) | first row is ahead by | seeds |", "|---|---|---|---|"]
+    for row in filter(scores.get, STUDIES[study]):
+        pairs = [scores[first][seed] - top1 for seed, top1 in scores[row].items() if seed in scores[first]]
+        ahead = interval(pairs) if pairs and row != first else ""
+        rows.append(f"| {row} | {interval(list(scores[row].values()))} | {ahead} | {len(scores[row])} |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("study", choices=("tune", "default"))
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=SEEDS, help="so that several processes can share the work"
-    )
+    parser.add_argument("study", choices=tuple(STUDIES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
     parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args()
-    if not options.table:
-        run(options.study, options.seeds)
+    RESULTS.mkdir(exist_ok=True)
+    for seed in [] if options.table else options.seeds:
+        for row in STUDIES[options.study]:
+            if not any((line["row"], line["seed"]) == (row, seed) for line in read(options.study)):
+                line = dict(study=options.study, row=row, seed=seed, results=run(options.study, row, seed))
+                with open(RESULTS / f"{options.study}.jsonl", "a") as file:
+                    file.write(json.dumps(line, default=str) + "\n")
     print(table(options.study))

@@ -510,7 +510,7 @@ def test_flags_that_cannot_be_obeyed_are_errors():
         with pytest.raises(ValueError, match="ft/last.pt has 1 directions and pool cls: leave these out"):
             classify("--checkpoint", "ft/last.pt", "--eval", *flags)
     for flags in (("--warmup-epochs", 20, "--epochs", 20), ("--warmup-epochs", -1)):
-        with pytest.raises(ValueError, match="--warmup-epochs .* must be at least 0 and below --epochs"):
+        with pytest.raises(ValueError, match="--warmup-epochs .* must be from 0 to below --epochs"):
             pretrain(*flags)
 
 
