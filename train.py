@@ -28,7 +28,7 @@ import signal
 import sys
 import time
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -357,21 +357,14 @@ def count(model: torch.nn.Module) -> int:
 
 
 def circumstances(device: str) -> dict:
-    """What a result was measured on, and the process's largest memory so far (of the GPU, if that is used)."""
+    """What a result was measured on, and the largest memory of the process so far (on the GPU, if that is used)."""
+    machine, peak = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", None
     if device == "cuda":
-        machine, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
-    else:
-        info = Path("/proc/cpuinfo")
-        names = (
-            [line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line]
-            if info.exists()
-            else []
-        )
-        machine, peak = f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores", None
-        if resource:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    today = time.strftime("%Y-%m-%d")
-    return dict(machine=machine, torch=torch.__version__, date=today, peak_memory_mib=peak and round(peak))
+        machine, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() // 2**20
+    elif resource:  # ru_maxrss is in KiB, on macOS in bytes
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+    today, versions = time.strftime("%Y-%m-%d"), dict(torch=torch.__version__, python=platform.python_version())
+    return dict(machine=machine, date=today, peak_memory_mib=peak, **versions)
 
 
 def run_script(main) -> None:
@@ -409,15 +402,6 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@contextmanager
-def stopping(stream):
-    """End the data loading processes however the block ends: they ignore signals, and Python would wait for them."""
-    try:
-        yield
-    finally:
-        getattr(stream, "_shutdown_workers", lambda: None)()
-
-
 class Run:
     """A folder with log.jsonl, last.pt, previous.pt and, at the end, results.json and pictures."""
 
@@ -427,13 +411,8 @@ class Run:
         stem = Path("runs") / f"{stage}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
         fresh = (f"{stem}{'-' if i else ''}{i or ''}" for i in range(1000))
         self.folder = args.output_dir or next(Path(name) for name in fresh if not Path(name).exists())
-        self.stage, self.device, self.saved_at, self.signal, self.state = (
-            stage,
-            args.device,
-            time.monotonic(),
-            None,
-            None,
-        )
+        self.stage, self.device, self.saved_at = stage, args.device, time.monotonic()
+        self.signal = self.state = None
         checkpoints = [self.folder / name for name in ("last.pt", "previous.pt") if (self.folder / name).exists()]
         if checkpoints and not args.resume:
             raise ValueError(f"{self.folder} holds a run: add --resume to go on, or give another --output-dir")
@@ -550,7 +529,9 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
     options = dict(num_workers=workers, worker_init_fn=ignore_signals, pin_memory=args.device == "cuda")
     stream, began = iter(DataLoader(data, batch_sampler=batches, **options)), time.monotonic()
     progress = tqdm(range(run.step, steps), initial=run.step, total=steps, disable=rank() > 0, unit="step")
-    with run.signals(), stopping(stream):
+    with run.signals(), ExitStack() as stack:
+        # workers ignore signals, so that Python would wait for them after an error
+        stack.callback(getattr(stream, "_shutdown_workers", int))
         for step in progress:
             epoch = args.epochs * step / steps
             lr = learning_rate(epoch, args.epochs, args.warmup_epochs, peak, args.min_lr)

@@ -638,3 +638,66 @@ def test_two_processes_are_one_with_twice_the_batch():
         assert lr_a == lr_b and a == pytest.approx(b, rel=1e-3) and norm_a == pytest.approx(norm_b, rel=1e-2)
     first = log("one")[0], log("two")[0]
     assert first[0][2] == pytest.approx(first[1][2], rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# notebooks/study.py
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "notebooks")
+    import study
+
+    monkeypatch.setattr(study, "RESULTS", Path("results").absolute())
+    monkeypatch.setattr(study, "RUNS", Path("runs").absolute())
+    study.RESULTS.mkdir()
+    return study
+
+
+def test_study_table(study):
+    """Differences are paired by seed, and an interval is that of Student's t."""
+    scores = {"pretrained": (80, 90, 70, 60, 99), "from scratch, same finetuning": (78, 84, 70, 56, None)}
+    with open(study.RESULTS / "default.jsonl", "w") as file:
+        for row, values in scores.items():
+            for seed, top1 in reversed(list(enumerate(values))):
+                line = dict(study="default", row=row, seed=seed, results=dict(top1=top1))
+                file.write(json.dumps(line) + "\n" if top1 else "")
+    assert study.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == "3.0 ± 2.0"  # 2.776 * 1.581 / sqrt(5)
+    lines = study.table("default").splitlines()
+    assert lines[2] == "| pretrained | 79.8 ± 19.2 |  | 5 |"
+    assert lines[3] == "| from scratch, same finetuning | 72.0 ± 19.2 | 3.0 ± 4.1 | 4 |"
+
+
+def test_study_pixels_see_five_placements_of_each_label(study, monkeypatch):
+    from sklearn.neighbors import KNeighborsClassifier
+
+    fitted = []
+    monkeypatch.setattr(KNeighborsClassifier, "fit", lambda self, x, y: fitted.append((x, y)) or self)
+    monkeypatch.setattr(KNeighborsClassifier, "score", lambda self, x, y: len(x))
+    results = study.run("default", "1-nearest neighbour on pixels", 0)
+    labels = results["args"]["labels"]
+    (x, y), *_ = fitted
+    assert len(x) == 5 * labels and len({row.tobytes() for row in x}) == len(x) and results["images"] == 355
+    assert all(y.count(digit) == 5 * labels // 10 for digit in range(10))
+
+
+@pytest.mark.slow
+def test_a_study_runs_and_goes_on(study, monkeypatch):
+    rows = {
+        "pretrained": (("--max-steps", 4), ("--max-steps", 2)),
+        "from scratch, same finetuning": (None, ("--max-steps", 2)),
+    }
+    rows["from scratch, time of both stages"] = (None, study.TOTAL)
+    monkeypatch.setitem(study.STUDIES, "default", rows)
+    for row in rows:
+        results = study.run("default", row, 3)
+        with open(study.RESULTS / "default.jsonl", "a") as file:
+            file.write(json.dumps(dict(row=row, seed=3, results=results), default=str) + "\n")
+    pretrained, scratch, longer = (line["results"] for line in study.read("default"))
+    seconds = pretrained["pretraining_seconds"] + pretrained["seconds"]
+    assert longer["args"]["max_steps"] == round(2 * seconds / scratch["seconds"]) > 2
+    assert (
+        pretrained["args"]["seed"] == 3 and not pretrained["args"]["from_scratch"] and scratch["args"]["from_scratch"]
+    )
+    assert study.run("default", "pretrained", 3) == pretrained  # from its folder, without another run
