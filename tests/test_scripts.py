@@ -666,7 +666,7 @@ def test_study_table(study):
     assert study.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == "3.0 ± 2.0"  # 2.776 * 1.581 / sqrt(5)
     lines = study.table("default").splitlines()
     assert lines[2] == "| pretrained | 79.8 ± 19.2 |  | 5 |"
-    assert lines[3] == "| from scratch, same finetuning | 72.0 ± 19.2 | 3.0 ± 4.1 | 4 |"
+    assert lines[3] == "| from scratch, same finetuning | 72.0 ± 19.3 | 3.0 ± 4.1 | 4 |"
 
 
 def test_study_pixels_see_five_placements_of_each_label(study, monkeypatch):
