@@ -230,10 +230,8 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None) -> dict:
     if not args.eval:
         args.batch_size = min(args.batch_size, len(labelled))
         data = train.Seeded(images, augmentation(args, mode), args.seed, labelled)
-        scale = layer_scale(model.config.depth, args.layer_decay)
-        optimizer = torch.optim.AdamW(
-            train.parameter_groups(model, args.weight_decay, scale), betas=args.betas, eps=1e-8
-        )
+        groups = train.parameter_groups(model, args.weight_decay, layer_scale(model.config.depth, args.layer_decay))
+        optimizer = torch.optim.AdamW(groups, betas=args.betas, eps=1e-8, fused=True)
         if args.ema:
             ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
             ema.n_averaged.fill_(1)  # average from the first step on; by default that step would only copy

@@ -637,7 +637,7 @@ def main(argv: list[str] | None = None) -> dict:
     torch.manual_seed(seed_from("weights", args.seed))
     arm = ARM(shape).to(device)
     arm.encoder.grad_checkpoint = args.grad_checkpoint
-    optimizer = torch.optim.AdamW(parameter_groups(arm, args.weight_decay), betas=args.betas, eps=1e-8)
+    optimizer = torch.optim.AdamW(parameter_groups(arm, args.weight_decay), betas=args.betas, eps=1e-8, fused=True)
     data = Seeded(images, random_crop(args) + to_tensor(images.mode), args.seed)
     run, config = Run(args, "pretrain"), dict(model=asdict(shape), mode=images.mode, classes=images.classes)
     seconds = fit(args, run, arm, lambda net, x, _: net(x), data, optimizer, config)

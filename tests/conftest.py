@@ -11,6 +11,10 @@ sys.path.insert(0, str(ROOT))  # so that `import armamba` works from any folder
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on a shared machine
 
 
+def pytest_addoption(parser):
+    parser.addoption("--submissions", type=Path, help="for grade.py: the folder of notebooks to grade")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """Every test draws the same numbers, alone or with others."""

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -100,3 +101,26 @@ def test_handing_out_leaves_no_solution(path, tmp_path):
     assert not any("solution" in cell["metadata"].get("tags", []) for cell in out["cells"])
     assert any("exercise" in cell["metadata"].get("tags", []) for cell in out["cells"])
     assert not any("<details>" in "".join(cell["source"]) for cell in out["cells"])
+
+
+@pytest.mark.slow
+def test_grading(tmp_path):
+    """The README's command for teachers, on one solved notebook, one untouched, and one with a wrong answer."""
+    path = NOTEBOOKS[0]
+    original, solved = read(path), with_solutions(read(path))
+    wrong = copy.deepcopy(solved)
+    first, *others = tagged(wrong, "exercise")
+    stub = tagged(original, "exercise")[first].source
+    tagged(wrong, "exercise")[first].source = stub.replace("raise NotImplementedError", "return None")
+    for cell in wrong.cells:  # some editors drop what a cell is tagged with
+        cell.metadata = {}
+    for student, notebook in dict(ada=solved, bob=original, cy=wrong).items():
+        nbformat.write(notebook, tmp_path / f"{student}-{path.name}")
+    command = [sys.executable, "-m", "pytest", "tests/grade.py", "--submissions", str(tmp_path)]
+    subprocess.run([*command, "--junitxml", str(tmp_path / "grades.xml")], cwd=ROOT, capture_output=True)
+    cases = ElementTree.parse(tmp_path / "grades.xml").iter("testcase")
+    marks = {case.get("name"): [child.get("message") for child in case] for case in cases}
+    for name in (first, *others):
+        assert marks[f"test_exercise[ada-{path.stem}:{name}]"] == []
+        assert "not implemented yet" in marks[f"test_exercise[bob-{path.stem}:{name}]"][0]
+        assert bool(marks[f"test_exercise[cy-{path.stem}:{name}]"]) == (name == first)
