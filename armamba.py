@@ -61,8 +61,8 @@ class ARMConfig:
         d_model, depth: width and number of blocks of the encoder.
         d_state, d_conv: state size per channel; length of the short causal convolution [Mamba 3.4].
         decoder_dim, decoder_depth: width and number of blocks of the decoder.
-        taps: the encoder blocks (counted from 1) whose outputs the decoder reads, one per decoder block and the last
-            always `depth`; by default evenly spaced from depth/2 to depth.
+        taps: the encoder blocks (counted from 1) whose outputs the decoder reads, as many as decoder blocks and the
+            last always `depth`; by default evenly spaced from depth/2 to depth.
         order: of the clusters: "row" (raster), "row-reversed", "column", or "random", fixed by `order_seed`.
         norm_pix: predict each patch minus its mean and over its standard deviation [MAE 3].
     """
@@ -722,8 +722,8 @@ class VisionMamba(nn.Module):
         _require(
             shape[1:] == ours, f"images are {shape}, this model takes batches of {ours}: resize them, or build it anew"
         )
-        dtype, mixed = self.patch_embed.weight.dtype, torch.is_autocast_enabled(images.device.type)
-        fits = images.is_floating_point() and (mixed or images.dtype == dtype)
+        dtype, device = self.patch_embed.weight.dtype, images.device.type
+        fits = images.dtype == dtype or images.is_floating_point() and torch.is_autocast_enabled(device)
         _require(fits, f"images have dtype {images.dtype}: convert to {dtype}, the model's, and normalise them")
         x = self.patch_embed(images).flatten(2).mT  # (b, l, d)
         if self.cls_index is not None:
@@ -828,7 +828,7 @@ class ARM(nn.Module):
     The encoder reads all clusters but the last. Its output at a token knows only what came before, and has to serve a
     whole cluster that it has not seen; the decoder turns "all clusters so far" plus "where to look" (one query per
     patch of clusters 2, 3, ...) into pixels. The patches of a cluster are predicted at once, not one from another.
-    Decoder block i reads tap i of the encoder. Afterwards the decoder is thrown away.
+    Each decoder block reads its own linear mix (`enc2dec`) of all taps. Afterwards the decoder is thrown away.
 
         loss = mean over predicted patches and their pixels of (prediction - target)^2
 

@@ -20,20 +20,20 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, RUNS = ROOT / "notebooks" / "results", ROOT / "runs" / "study"
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402, I001
+import torch
 
-import finetune  # noqa: E402
-import train  # noqa: E402  (first: it sets OMP_WAIT_POLICY)
-from armamba import ORDERS  # noqa: E402
+import finetune
+import train  # (first: it sets OMP_WAIT_POLICY)
+from armamba import ORDERS
 
 PIXELS, TOTAL = "pixels", "total time"
-HELD = ("--holdout", 300)
+HELD, RATES = ("--holdout", 300), ("1e-2", "2e-2", "4e-2", "8e-2")
 
 # study: {row: (flags of train.py, or None to start from random weights; flags of finetune.py)}. The first row is what
 # the others are compared with. In `tune` both sides have the same number of runs.
 STUDIES = {
-    "tune": {f"pretrained, base lr {lr}": ((), (*HELD, "--base-lr", lr)) for lr in ("4e-2", "8e-2", "1.6e-1", "3.2e-1")}
-    | {f"from scratch, base lr {lr}": (None, (*HELD, "--base-lr", lr)) for lr in ("4e-2", "8e-2", "1.6e-1", "3.2e-1")},
+    "tune": {f"pretrained, base lr {lr}": ((), (*HELD, "--base-lr", lr)) for lr in RATES}
+    | {f"from scratch, base lr {lr}": (None, (*HELD, "--base-lr", lr)) for lr in RATES},
     "default": {
         "pretrained": ((), ()),
         "from scratch, same finetuning": (None, ()),
@@ -87,7 +87,7 @@ def run(study: str, row: str, seed: int) -> dict:
         finished = {line["row"]: line["results"] for line in read(study) if line["seed"] == seed}
         both, scratch = finished["pretrained"], finished["from scratch, same finetuning"]
         seconds = both["pretraining_seconds"] + both["seconds"]
-        finetuning = "--max-steps", round(scratch["args"]["max_steps"] * seconds / scratch["seconds"])
+        finetuning = "--max-steps", round(scratch["steps"] * seconds / scratch["seconds"])
     results = script("finetune.py", RUNS / slug(study, row, seed), *flags, *finetuning)
     return results if pretraining is None else results | dict(pretraining_seconds=pretrained["seconds"])
 

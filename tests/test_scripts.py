@@ -696,7 +696,7 @@ def test_a_study_runs_and_goes_on(study, monkeypatch):
             file.write(json.dumps(dict(row=row, seed=3, results=results), default=str) + "\n")
     pretrained, scratch, longer = (line["results"] for line in study.read("default"))
     seconds = pretrained["pretraining_seconds"] + pretrained["seconds"]
-    assert longer["args"]["max_steps"] == round(2 * seconds / scratch["seconds"]) > 2
+    assert longer["steps"] == longer["args"]["max_steps"] == round(2 * seconds / scratch["seconds"]) > 2
     assert (
         pretrained["args"]["seed"] == 3 and not pretrained["args"]["from_scratch"] and scratch["args"]["from_scratch"]
     )
