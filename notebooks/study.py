@@ -27,7 +27,7 @@ import train  # (first: it sets OMP_WAIT_POLICY)
 from armamba import ORDERS
 
 PIXELS, TOTAL = "pixels", "total time"
-HELD, RATES = ("--holdout", 300), ("1e-2", "2e-2", "4e-2", "8e-2")
+HELD, RATES = ("--holdout", 300), ("2e-2", "4e-2", "8e-2", "1.6e-1")
 
 # study: {row: (flags of train.py, or None to start from random weights; flags of finetune.py)}. The first row is what
 # the others are compared with. In `tune` both sides have the same number of runs.

@@ -9,6 +9,7 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 
 
 def check(function):
@@ -106,6 +107,158 @@ def positions(my_positions) -> None:
         assert near(expected), "patch r * columns + c must hold sin(c w), cos(c w), sin(r w), cos(r w)"
 
 
+# --- 02 selective scan ------------------------------------------------------------------------------------------------
+
+
+def _scan_arguments(b: int, d: int, n: int, l: int) -> list[torch.Tensor]:
+    """u, delta (b, d, l), A (d, n), B, C (b, n, l), D (d,) in fp64, with every size different."""
+    random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return [random(b, d, l), random(b, d, l).exp(), -random(d, n).exp(), random(b, n, l), random(b, n, l), random(d)]
+
+
+def _scan_loop(u, delta, A, B, C, D, *, sign=1, delta_in_B=True, carry=True, late=False):
+    """The scan, number by number, right or with one mistake."""
+    (b, d, l), n, y = u.shape, A.shape[1], torch.zeros_like(u)
+    for i in range(b):
+        for j in range(d):
+            h = [0.0] * n
+            for t in range(l):
+                old, step = h, delta[i, j, t].item()
+                scale = step if delta_in_B else 1.0
+                decay = [math.exp(sign * step * A[j, k].item()) if carry else 1.0 for k in range(n)]
+                h = [decay[k] * h[k] + scale * B[i, k, t].item() * u[i, j, t].item() for k in range(n)]
+                read = old if late else h
+                y[i, j, t] = sum(C[i, k, t].item() * read[k] for k in range(n)) + D[j] * u[i, j, t]
+    return y
+
+
+_SCAN_MISTAKES = {
+    "the state was read before it was updated: y_t reads the new state": dict(late=True),
+    "the decay is missing: the old state is multiplied by exp(delta A)": dict(carry=False),
+    "A was taken as positive: the factor is exp(delta A) with A < 0, it must be below 1": dict(sign=-1),
+    "the input is not multiplied by delta: delta_t B_t u_t is added to the state": dict(delta_in_B=False),
+}
+
+
+@check
+def discretise(my_discretise) -> None:
+    """Against 1,000 short steps through one long step of h' = A h + B u."""
+    delta = torch.tensor([[0.3], [1.7]], dtype=torch.float64)  # (2, 1)
+    A, B = torch.tensor([[-0.5, -2.0, -6.0], [3.0, 0.7, -1.5]], dtype=torch.float64)  # (3,) each
+    answer = my_discretise(delta, A, B)
+    assert len(answer) == 3, f"{len(answer)} results: decay, exact input factor and Euler input factor are asked for"
+    h, s, small = torch.ones(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64), delta / 1000
+    for _ in range(1000):  # fourth order: the exact solution to 1e-9
+        series = 1 + small * A * (1 + small * A / 2 * (1 + small * A / 3 * (1 + small * A / 4)))
+        s = series * s + small * B * (1 + small * A / 2 * (1 + small * A / 3 * (1 + small * A / 4)))
+        h = series * h
+    decay, exact, euler = (x.double().expand(2, 3) for x in answer)
+
+    def near(x, y):
+        return torch.allclose(x, y, rtol=1e-5)
+
+    assert not near(decay, 1 / h), "A was taken as positive: the decay is exp(delta A), with A < 0 below 1"
+    assert not near(decay, 1 + delta * A), "the decay is 1 + delta A, Euler's: exp(delta A) is the exact one"
+    assert near(decay, h), "the decay is wrong: without input h' = A h gives exp(delta A)"
+    assert not near(exact, -s), "the exact input factor has the wrong sign: (exp(delta A) - 1) / A is positive"
+    assert not near(exact, s * A), "the exact input factor is not divided by A"
+    assert not near(exact, delta * B), "the exact input factor is Euler's: (exp(delta A) - 1) / A * B is asked for here"
+    assert near(exact, s), "the exact input factor is wrong: (exp(delta A) - 1) / A * B, for u = 1 held over the step"
+    assert not near(euler, B.expand(2, 3)), "delta is not multiplied into B: the Euler factor is delta B"
+    assert near(euler, delta * B), "the Euler factor is wrong: delta B"
+
+
+@check
+def recurrence(my_recurrence) -> None:
+    """Against a loop over batch, channels and states."""
+    (b, d, n), generator = (2, 3, 4), torch.Generator().manual_seed(1)
+    u, delta, A, B, C, D = (x[..., 0] if x.ndim == 3 else x for x in _scan_arguments(b, d, n, 1))
+    h = torch.randn(b, d, n, generator=generator, dtype=torch.float64)
+    before = h.clone()
+    answer = my_recurrence(h, u, delta, A, B, C)
+    assert isinstance(answer, tuple) and len(answer) == 2, "return two things: the new state and the output"
+    new, y = answer
+    assert new.shape == (b, d, n), f"the state has shape {tuple(new.shape)}: (b, d, n) = {(b, d, n)} is due"
+    assert y.shape == (b, d), f"the output has shape {tuple(y.shape)}: (b, d) = {(b, d)}, summed over the states"
+    assert h.equal(before), "the old state was changed in place: autograd and the check still need it"
+
+    def by_loop(sign=1, delta_in_B=True, carry=True, late=False):
+        state, out = torch.zeros(b, d, n, dtype=torch.float64), torch.zeros(b, d, dtype=torch.float64)
+        for i in range(b):
+            for j in range(d):
+                for k in range(n):
+                    decay = math.exp(sign * delta[i, j].item() * A[j, k].item()) if carry else 1.0
+                    state[i, j, k] = decay * h[i, j, k] + (delta[i, j] if delta_in_B else 1) * B[i, k] * u[i, j]
+                    out[i, j] += C[i, k] * (h if late else state)[i, j, k]
+        return state, out
+
+    state, out = by_loop()
+    for message, mistake in _SCAN_MISTAKES.items():
+        wrong_state, wrong_out = by_loop(**mistake)
+        assert not (torch.allclose(new, wrong_state) and torch.allclose(y, wrong_out)), message
+    no_u = torch.allclose(new - state, (delta * (1 - u))[..., None] * B[:, None])
+    assert not no_u, "the input u_t is missing: delta_t B_t u_t is added to the state"
+    assert torch.allclose(new, state), "the new state is wrong: exp(delta A) h + delta B u, each with the right axes"
+    assert torch.allclose(y, out), "the state is right, the output is not: y[d] = sum over n of C[n] h[d, n]"
+
+
+@check
+def scan(my_scan) -> None:
+    """Against a loop over batch, channels, time and states."""
+    arguments = _scan_arguments(2, 3, 4, 7)
+    kept = [x.clone() for x in arguments]
+    u, delta, A, B, C, D = arguments
+    y = my_scan(*arguments)
+    assert y.shape == u.shape, f"shape {tuple(y.shape)}: y is like u, (b, d, l) = {tuple(u.shape)}"
+    assert all(x.equal(old) for x, old in zip(arguments, kept)), "an argument was changed in place"
+    expected = _scan_loop(*arguments)
+    for message, mistake in _SCAN_MISTAKES.items():
+        assert not torch.allclose(y, _scan_loop(*arguments, **mistake)), message
+    turned = _scan_loop(*(x.flip(-1) if x.ndim == 3 else x for x in arguments)).flip(-1)
+    assert not torch.allclose(y, turned), "time runs backwards: step t must follow step t-1"
+    assert not torch.allclose(y, turned.flip(-1)), "time runs backwards: the outputs come last step first"
+    alone = torch.stack([_scan_loop(*(x[..., t : t + 1] if x.ndim == 3 else x for x in arguments)) for t in range(7)])
+    assert not torch.allclose(y, alone[..., 0].permute(1, 2, 0)), "no state is carried from step to step"
+    assert not torch.allclose(y, expected - D[:, None] * u), "the skip is missing: D u_t is added to y_t"
+    assert not torch.allclose(y, expected - D[:, None] * u + D[:, None]), "the skip is D u_t, not D"
+    raw = _scan_loop(u, torch.log1p(delta.exp()), A, B, C, D)
+    assert not torch.allclose(y, raw), "softplus was applied: here delta is positive already"
+    assert torch.allclose(y[..., 0], expected[..., 0]), "the first step is wrong already: the state starts from 0"
+    assert torch.allclose(y, expected), "the first step is right, later ones are not: is the whole state carried on?"
+
+
+@check
+def scan_gradient(my_scan_gradient) -> None:
+    """Against the products of decays between all pairs of steps."""
+    l, generator = 6, torch.Generator().manual_seed(2)
+    a = torch.rand(l, generator=generator, dtype=torch.float64) * 0.8 + 0.1
+    x, g = torch.randn(2, l, generator=generator, dtype=torch.float64)
+
+    def link(s, t):  # dh_t / dx_s
+        return math.prod(a[s + 1 : t + 1].tolist())
+
+    h = [sum(link(s, t) * x[s].item() for s in range(t + 1)) for t in range(l)]
+    G = torch.tensor([sum(link(s, t) * g[t].item() for t in range(s, l)) for s in range(l)], dtype=torch.float64)
+    h, past = torch.tensor(h, dtype=torch.float64), torch.tensor([0.0, *h[:-1]], dtype=torch.float64)
+    da, dx = my_scan_gradient(a.clone(), x.clone(), g.clone())
+    assert da.shape == dx.shape == (l,), f"shapes {tuple(da.shape)}, {tuple(dx.shape)}: both are (l,) = ({l},)"
+    assert not torch.allclose(dx, g), "nothing comes from the future: h_t also acts through h_{t+1}"
+
+    def backward(factor, order=None):  # G_t = g_t + factor_t G_{t+1}, with other factors
+        out, carry = torch.zeros(l, dtype=torch.float64), 0.0
+        for t in order or reversed(range(l)):
+            out[t] = carry = g[t] + factor[t] * carry
+        return out
+
+    assert not torch.allclose(dx, backward(a)), "the decay is one step off: G_{t+1} comes with a_{t+1}, not with a_t"
+    assert not torch.allclose(dx, backward(torch.ones(l))), "the decay is missing: G_t = g_t + a_{t+1} G_{t+1}"
+    assert not torch.allclose(dx, backward(a, range(l))), "time runs forwards: the gradient comes from the last step"
+    assert torch.allclose(dx, G), "dL/dx is wrong: G_t = g_t + a_{t+1} G_{t+1}, from the last step to the first"
+    assert not torch.allclose(da, G * h), "dL/da has h_t: a_t multiplies the state before, so it is G_t h_{t-1}"
+    assert not torch.allclose(da, g * past), "dL/da has g_t: the whole gradient of h_t is G_t"
+    assert torch.allclose(da, G * past), "dL/da is wrong: G_t h_{t-1}, and 0 at the first step"
+
+
 # --- 03 vision mamba --------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +291,7 @@ def causal_convolution(my_causal_convolution) -> None:
         late = f"{case}: output t does not read token t: k zeros in front are one too many, k-1 are due"
         assert not near(convolved(weight, late=1) + bias), late
         assert not near(convolved(weight)), f"{case}: the bias is missing"
-        assert not near(torch.nn.functional.silu(expected)), f"{case}: leave the SiLU out, here it is only the convolution"
+        assert not near(torch.nn.functional.silu(expected)), f"{case}: there is a SiLU too much, only convolve"
         flipped = f"{case}: the weights are in reverse: the last one, j = k-1, meets the current token"
         assert k == 1 or not near(convolved(weight.flip(1)) + bias), flipped
         assert near(expected), f"{case}: y[t] must be bias + sum over j of weight[:, j] * x[t-k+1+j], x zero before 0"
@@ -168,19 +321,18 @@ def merge_directions(my_merge_directions) -> None:
                 return out
 
             near, expected = functools.partial(torch.allclose, mine, atol=1e-5), put_back(read[i])
-            wrong_grid = [divmod(r * rows + c, columns) for c in range(rows) for r in range(columns)]
+            forward = y[:, :, i].flip(1) if i in (1, 3) else y[:, :, i]
+            turned = forward.view(2, rows, columns, d).transpose(1, 2).flatten(1, 2)
             mistakes = {
-                "it was read backwards: flip it along the tokens": put_back(read[i - 1]) if i in (1, 3) else None,
-                "it was read by columns: transpose it back to rows": put_back(read[i - 2]) if i > 1 else None,
-                "neither flipped nor transposed back": put_back(by_rows) if i == 3 else None,
-                "a sequence by columns is a grid of (columns, rows): unflatten it so before transposing": None,
+                "it was read backwards: flip it along the tokens": read[i - 1] if i in (1, 3) else None,
+                "it was read by columns: transpose it back to rows": read[i - 2] if i > 1 else None,
+                "it was read by columns and backwards: transpose it back, and flip it": by_rows if i == 3 else None,
             }
-            if i > 1 and sorted(wrong_grid) == by_rows:
-                inverse = [y[:, l - 1 - t if i == 3 else t, i] for t in range(l)]
-                grid = torch.stack(inverse, 1).view(2, rows, columns, d).transpose(1, 2).reshape(2, l, d)
-                mistakes["a sequence by columns is a grid of (columns, rows): unflatten it so before transposing"] = grid
+            mistakes = {mistake: put_back(order) for mistake, order in mistakes.items() if order}
+            if i > 1:
+                mistakes["by columns it is a grid of (columns, rows): unflatten it so before transposing"] = turned
             for mistake, result in mistakes.items():
-                assert result is None or near(expected) or not near(result), f"{where}: {mistake}"
+                assert near(expected) or not near(result), f"{where}: {mistake}"
             assert near(expected), f"{where}: its outputs are not at the patches that it read"
 
 
@@ -225,15 +377,584 @@ def mixer_parameters(my_mixer_parameters) -> None:
         mistakes = {
             "in_proj and out_proj are counted once per direction: they are shared": g * (base + each),
             "every direction has its own convolution, x_proj, dt_proj, A_log and D: multiply them by g": base + each,
+            "r is d/16 rounded up, here it was rounded down": expected - g * 2 * d * (r - d // 16) if d % 16 else None,
             "A_log is missing, n per channel and direction": expected - g * own["A_log"],
             "d per direction are missing: the bias of conv1d or of dt_proj, or D": expected - g * d,
-            "two of the three vectors per direction are missing: the biases of conv1d and dt_proj, and D": expected
-            - 2 * g * d,
+            "2 d per direction are missing, of the biases of conv1d and dt_proj and of D": expected - 2 * g * d,
             "B and C need n outputs of x_proj each": expected - g * d * n,
             "in_proj makes two things, x and z: 2 d outputs": expected - d * d,
-            "r is d/16 rounded up, here it was rounded down": expected - g * 2 * d * (r - d // 16) if d % 16 else None,
             "the convolution is depthwise: k weights per channel, not k d": expected + g * (d * d * k - d * k),
         }
         for mistake, value in mistakes.items():
             assert mine != value or value == expected, f"{case}: {mistake}"
         assert mine == expected, f"{case}: {mine:,} instead of {expected:,}, {mine - expected:+,}"
+
+
+# --- 04 autoregressive objective --------------------------------------------------------------------------------------
+
+
+@check
+def cluster_mask(my_cluster_mask) -> None:
+    """Against a loop over every pair of a query and an encoder token."""
+    for n, size in ((4, 3), (9, 16), (2, 4), (5, 1)):
+        case, m, mine = f"n = {n}, size = {size}", (n - 1) * size, my_cluster_mask(n, size)
+        assert mine.shape == (m, m), f"{case}: shape {tuple(mine.shape)}, {(m, m)} is due: n-1 clusters are read"
+        assert mine.dtype == torch.bool, f"{case}: dtype {mine.dtype}, a boolean is due, True where a query may look"
+        rows, late, strict = [], [], []
+        for query in range(m):
+            asked = 2 + query // size  # the cluster of which the query is a patch, from 1
+            rows.append([1 + token // size < asked for token in range(m)])
+            late.append([1 + token // size <= asked for token in range(m)])
+            strict.append([1 + token // size < asked - 1 for token in range(m)])
+        expected, late, strict = (torch.tensor(x) for x in (rows, late, strict))
+        right, mine = mine.equal(expected), mine.cpu()
+        assert right or not mine.equal(~expected), f"{case}: True and False are swapped: True means may look"
+        assert right or not mine.equal(late), f"{case}: a leak: a query for cluster k+1 sees cluster k+1 itself"
+        assert right or not mine.equal(torch.ones(m, m).bool()), f"{case}: a leak: every query sees everything"
+        token = f"{case}: token-causal: a query must see the whole cluster before its own, not only some of its tokens"
+        assert right or not mine.equal(torch.ones(m, m).tril().bool()), token
+        blind = f"{case}: strict: a query for cluster k+1 does not see cluster k, and those for cluster 2 see nothing"
+        assert right or not (mine.equal(strict) or mine.equal(torch.ones(m, m).tril(-1).bool())), blind
+        assert right or not mine.equal(expected.T), f"{case}: transposed: rows are queries, columns encoder tokens"
+        leaks = (mine & ~expected).sum().item()
+        assert leaks == 0, f"{case}: a leak: {leaks} pairs let a query see its own cluster or a later one"
+        assert right, f"{case}: {(expected & ~mine).sum().item()} pairs are hidden though the token comes before"
+
+
+@check
+def normalised_target(my_normalised_target) -> None:
+    """Against sums in fp64; patches with much contrast, with little, with colours far apart, and with none."""
+    generator, b, l, p = torch.Generator().manual_seed(6), 2, 5, 12  # 2x2 pixels, 3 colours
+    patches = torch.randn(b, l, p, generator=generator)
+    patches[:, 1] = 3 + 1e-3 * patches[:, 1]
+    patches[:, 2] = 0.5
+    patches[:, 3] += torch.tensor([0.0, 2, 5]).repeat(4)
+    mine, x = my_normalised_target(patches.clone()), patches.double()
+    assert mine.shape == (b, l, p), f"shape {tuple(mine.shape)}, {(b, l, p)} is due"
+    assert mine.isfinite().all(), "a constant patch must give 0, not NaN or infinity: add 1e-6 under the root"
+
+    def scaled(centred, count, along=-1):
+        return centred / (centred.square().sum(along, keepdim=True) / count + 1e-6).sqrt()
+
+    near = functools.partial(torch.allclose, mine.double().cpu(), rtol=5e-3, atol=2e-3)
+    centred, colours = x - x.sum(-1, keepdim=True) / p, x.view(b, l, 4, 3)
+    colours = colours - colours.sum(2, keepdim=True) / 4
+    whole = x - x.sum((1, 2), keepdim=True) / (l * p)
+    variance = centred.square().sum(-1, keepdim=True) / (p - 1)
+    assert not near(x), "not normalised: these are the plain pixels"
+    assert not near(centred), "only the mean is removed: also divide by the standard deviation"
+    assert not near(x / (variance + 1e-6).sqrt()), "divided without removing the mean"
+    assert not near(scaled(centred, p)), "the variance is biased: divide the sum of squares by p - 1, not by p"
+    each = "each colour is normalised by itself: take mean and variance over all p values together"
+    assert not any(near(scaled(colours, n, along=2).flatten(2)) for n in (3, 4)), each
+    one = "mean and variance are those of the whole image: every patch has its own"
+    assert not any(near(scaled(whole, n, along=(1, 2))) for n in (l * p, l * p - 1)), one
+    assert not near(centred / (variance + 1e-6)), "divided by the variance: take its square root"
+    outside = "1e-6 is added to the standard deviation: it belongs to the variance, under the root"
+    assert not near(centred / (variance.sqrt() + 1e-6)), outside
+    assert near(scaled(centred, p - 1)), "each patch must be (x - mean) / sqrt(unbiased variance + 1e-6)"
+
+
+@check
+def cluster_losses(my_cluster_losses) -> None:
+    """Against a loop over images, clusters, patches and values in fp64."""
+    generator = torch.Generator().manual_seed(7)
+    for b, n, size, p in ((2, 4, 3, 5), (3, 3, 2, 4)):
+        case = f"n = {n}, size = {size}"
+        tokens, prediction = (torch.randn(b, k * size, p, generator=generator) for k in (n, n - 1))
+        mine = my_cluster_losses(prediction.clone(), tokens.clone(), size)
+        one_each = f"{(n - 1,)} is due: one loss for each predicted cluster"
+        assert mine.shape == (n - 1,), f"{case}: shape {tuple(mine.shape)}, {one_each}"
+
+        def losses(shift, mixed=False, power=2, b=b, n=n, size=size, x=prediction, y=tokens):
+            result = torch.zeros(n - 1, dtype=torch.float64)
+            for k in range(n - 1):
+                for j in range(size):
+                    here = j * (n - 1) + k if mixed else k * size + j
+                    error = x[:, here].double() - y[:, here + shift].double()
+                    result[k] += error.abs().pow(power).sum() / (b * size * len(error[0]))
+            return result
+
+        expected, near = losses(size), functools.partial(torch.allclose, mine.double().cpu(), atol=1e-4)
+        unshifted = f"{case}: the target is not shifted: prediction 1 is of cluster 2, the first cluster is only read"
+        assert not near(losses(0)), unshifted
+        assert size == 1 or not near(losses(1)), f"{case}: the target is shifted by one patch: shift it by a cluster"
+        assert not near(losses(size, power=1)), f"{case}: absolute errors: square them"
+        assert not near(expected.sqrt()), f"{case}: there is a root too much: the mean of the squares is due"
+        mixed = f"{case}: patches of different clusters are mixed: a cluster's {size} patches follow each other"
+        assert not near(losses(size, mixed=True)), mixed
+        summed = [expected * factor for factor in (b, size, p, b * size, b * p, size * p, b * size * p)]
+        mean = f"{case}: there is a sum where a mean is due: over images, patches and values"
+        assert not any(near(x) for x in summed), mean
+        assert near(expected), f"{case}: not the mean squared error of each cluster from 2 to n"
+
+
+@check
+def dependence(my_dependence) -> None:
+    """On predictors of which it is known what they read: one value, a difference of tokens, tokens that are zero."""
+    generator = torch.Generator().manual_seed(8)
+    n, m, size, d, e = 5, 4, 3, 4, 2
+
+    def ask(predict, tokens):
+        before = tokens.clone()
+        mine = my_dependence(predict, tokens, size)
+        assert tokens.equal(before), "tokens was changed in place: work on a clone"
+        assert mine.shape == (n, m), f"shape {tuple(mine.shape)}, {(n, m)} is due: changed cluster, predicted cluster"
+        assert mine.dtype == torch.bool, f"dtype {mine.dtype}, a boolean is due"
+        return mine.cpu()
+
+    tokens = torch.randn(1, n * size, d, generator=generator)
+    tokens[:, size : 2 * size] = 0  # cluster 1, from 0
+    for case in range(12):
+        truth = torch.rand(n, m, generator=generator) < 0.5
+        reads, writes, channel, value = (torch.randint(high, (), generator=generator) for high in (size, size, d, e))
+
+        def predict(x, truth=truth, reads=reads, writes=writes, channel=channel, value=value, signs=False, case=case):
+            x = x.unflatten(1, (n, size))  # (b, n, size, d)
+            read = x[:, :, reads, channel]  # one value of each cluster
+            if case % 3 == 1:  # a difference of tokens: a constant added to all of them is invisible
+                read = read - x[:, :, (reads + 1) % size, channel]
+            out = torch.zeros(len(x), m, size, e)
+            out[:, :, writes, value] = read @ truth.float() * 0.1
+            if case % 3 == 2:  # two values that always cancel
+                out[:, :, writes, 1 - value] = -out[:, :, writes, value]
+            return out.flatten(1, 2)
+
+        mine = ask(predict, tokens)
+        few = "changes go unseen: change every value of every token of the cluster, and look at every predicted value"
+        if case % 3 == 1:
+            few = "a predictor that compares tokens goes unseen: change each value by its own random amount"
+        elif case % 3 == 2:
+            few = "two changes that cancel go unseen: look at absolute differences before summing or averaging"
+        assert (mine | ~truth)[torch.arange(n) != 1].all(), few
+        assert (mine | ~truth).all(), "a cluster of zeros is not changed by setting or multiplying it: add noise"
+        assert not (mine & ~truth).any(), "reports a dependence that is not there: change one cluster at a time"
+    assert not ask(lambda x: x[:, : m * size, :e] * 1e-9, tokens).any(), "only changes above 1e-6 count"
+
+
+# --- 05 pretraining ---------------------------------------------------------------------------------------------------
+
+
+@check
+def rate_at(my_rate_at) -> None:
+    """Against cos^2, which is half a cosine too; at steps within epochs, with and without warm-up."""
+    for per_epoch, epochs, warmup, peak, low in ((7, 20, 5, 2e-3, 1e-4), (3, 9, 2.5, 1.0, 0.0), (10, 4, 0, 1.0, 0.1)):
+
+        def fall(progress, low, peak):
+            return low + (peak - low) * math.cos(math.pi * progress / 2) ** 2
+
+        for step in range(per_epoch * epochs):
+            e, case = step / per_epoch, f"step {step} of {per_epoch * epochs}, {per_epoch} per epoch, warm-up {warmup}"
+            mine = my_rate_at(step, per_epoch, epochs, warmup, peak, low)
+            assert isinstance(mine, float | int), f"a rate is a float, this is a {type(mine).__name__}"
+            expected = peak * e / warmup if e < warmup else fall((e - warmup) / (epochs - warmup), low, peak)
+            if e < warmup:
+                mistakes = {
+                    "the warm-up counts from 1: step 0 has rate 0": peak * (step + 1) / per_epoch / warmup,
+                    "the warm-up is in epochs, this one is in steps": min(peak, peak * step / warmup),
+                    "the warm-up starts at 0, not at the minimum": low + (peak - low) * e / warmup,
+                    "the rate jumps once per epoch: use fractions of an epoch": peak * (step // per_epoch) / warmup,
+                    "there is no warm-up": fall(e / epochs, low, peak),
+                }
+            else:
+                progress = (e - warmup) / (epochs - warmup)
+                whole = (step // per_epoch - warmup) / (epochs - warmup)
+                mistakes = {
+                    "the cosine is measured from step 0: its clock starts at the end of the warm-up": fall(
+                        e / epochs, low, peak
+                    ),
+                    "a whole cosine goes down and up again: half of one is wanted": fall(2 * progress, low, peak),
+                    "the minimum is missing": fall(progress, 0.0, peak),
+                    "the minimum comes on top of the peak: scale by peak - minimum": low + fall(progress, 0.0, peak),
+                    "the rate jumps once per epoch: use fractions of an epoch": fall(whole, low, peak),
+                    "the cosine is to end at `epochs`, not `warmup` after it": fall((e - warmup) / epochs, low, peak),
+                }
+            if not math.isclose(mine, expected, rel_tol=1e-9, abs_tol=1e-12):
+                for mistake, value in mistakes.items():
+                    assert not math.isclose(mine, value, rel_tol=1e-9, abs_tol=1e-12), f"{case}: {mistake}"
+            assert math.isclose(mine, expected, rel_tol=1e-9, abs_tol=1e-12), f"{case}: {mine:.4g}, not {expected:.4g}"
+
+
+@check
+def decays(my_decays) -> None:
+    """Against a table written by hand, of both stages' names."""
+    mixer, block = "encoder.layers.3.mixer.", "layers.11."
+    no_a = "decays: it has two dimensions, but decay pulls every A towards -1"
+    scale = "decays: it is a scale or an offset, whatever it is called"
+    learned = "decays: tokens and positions are inputs, not maps, though they have three dimensions"
+    matrix = "does not decay, though it is a matrix or a convolution kernel"
+    table = {mixer + "A_log": ((768, 16), False, no_a), "layers.0.mixer.A_log": ((3072, 16), False, no_a)}
+    for name in ("ar_token", "cls_token"):
+        table[name] = (1, 1, 512), False, learned
+    table["pos_embed"] = (1, 197, 768), False, learned
+    for name in ("D", "conv1d.bias", "dt_proj.bias"):
+        table[mixer + name] = (768,), False, scale
+    for name in ("norm1.weight", "norm1.bias", "norm2.weight", "mlp.w3.bias"):
+        table[block + name] = (768,), False, scale
+    for name in ("norm_f.weight", "head.bias", "tap_norms.2.weight", "ar_norm.bias", "decoder.0.norm_kv.weight"):
+        table[name] = (512,), False, scale
+    for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
+        table[f"{mixer}{name}.weight"] = (768, 768), True, matrix
+    for name in ("mlp.w1", "mlp.w3", "mixer.out_proj"):
+        table[f"{block}{name}.weight"] = (768, 2048), True, matrix
+    for name in ("head.weight", "enc2dec.weight", "ar_pred.weight", "decoder.1.kv.weight", "decoder.1.fc1.weight"):
+        table[name] = (1000, 768), True, matrix
+    table[mixer + "conv1d.weight"] = (768, 1, 4), True, matrix
+    table["encoder.patch_embed.weight"] = table["patch_embed.weight"] = (768, 3, 16, 16), True, matrix
+    for name, (shape, expected, mistake) in table.items():
+        mine = my_decays(name, shape)
+        assert isinstance(mine, bool), f"the answer for {name} is a {type(mine).__name__}: True or False is wanted"
+        assert mine == expected, f"{name} {mistake}"
+
+
+@check
+def accumulate(my_accumulate) -> None:
+    """Against the closed form for a linear model, 2/b X^T (X w - y), in fp64, with something left in .grad."""
+    generator = torch.Generator().manual_seed(0)
+    for b, parts in ((12, 3), (8, 1), (8, 8)):
+        batch = torch.randn(b, 5, dtype=torch.float64, generator=generator)  # four inputs and what to predict
+        model, seen, case = torch.nn.Linear(4, 1, bias=False, dtype=torch.float64), [], f"{b} images in {parts} parts"
+        left = torch.full_like(model.weight, 100.0)
+        model.weight.grad = left.clone()
+
+        def loss_of(net, piece, seen=seen):
+            seen.append((len(piece), None if net.weight.grad is None else net.weight.grad.clone()))
+            return (net(piece[:, :4])[:, 0] - piece[:, 4]).square().mean()
+
+        mine = my_accumulate(model, loss_of, batch.clone(), parts)
+        lengths, grad = [length for length, _ in seen], model.weight.grad
+        assert lengths == [b // parts] * parts, f"{case}: pieces of {lengths} were passed, not {parts} of {b // parts}"
+        assert grad is not None and bool(grad.count_nonzero()), f"{case}: there is no gradient in .grad: backward?"
+        error = batch[:, :4] @ model.weight.detach()[0] - batch[:, 4]
+        by_piece = [2 * (e @ x[:, :4]) / len(x) for e, x in zip(error.chunk(parts), batch.chunk(parts))]
+        expected, losses = sum(by_piece) / parts, [e.square().mean().item() for e in error.chunk(parts)]
+
+        def is_(value, grad=grad):
+            return torch.allclose(grad[0], value, rtol=1e-9, atol=1e-12)
+
+        if not is_(expected):
+            assert not is_(parts * expected), f"{case}: the gradient is {parts} times too large: divide each loss"
+            old = f"{case}: what was in .grad before is still in there: zero it first"
+            assert not is_(expected + left[0]) and not is_(parts * expected + left[0]), old
+            last = f"{case}: only the last piece's gradient is left: zero .grad once, before the loop"
+            assert not is_(by_piece[-1]) and not is_(by_piece[-1] / parts), last
+        assert is_(expected), f"{case}: .grad is {grad[0].tolist()}, not {expected.tolist()}"
+        late = parts > 1 and (seen[1][1] is None or not seen[1][1].count_nonzero())
+        assert not late, f"{case}: one backward pass after all pieces keeps the activations of all: one for each piece"
+        assert isinstance(mine, float), f"{case}: the loss is to be a float (.item()), this is a {type(mine).__name__}"
+        if not math.isclose(mine, sum(losses) / parts, rel_tol=1e-9):
+            ends = math.isclose(mine, losses[-1]) or math.isclose(mine, losses[-1] / parts)
+            assert not ends, f"{case}: the loss is the last piece's: add them up"
+            assert not math.isclose(mine, sum(losses)), f"{case}: the loss is the sum over pieces: divide by {parts}"
+        assert math.isclose(mine, sum(losses) / parts, rel_tol=1e-9), f"{case}: loss {mine}, not {sum(losses) / parts}"
+
+
+@check
+def complete(my_complete) -> None:
+    """Against the closed form for a predictor that answers with the sum of all clusters so far: then sums double."""
+    generator = torch.Generator().manual_seed(0)
+    for given in (1, 2, 4, 5):
+        b, n, size, values = 2, 5, 3, 4
+        tokens = torch.randn(b, n * size, values, generator=generator)
+        x, case = tokens.unflatten(1, (n, size)), f"{given} of {n} clusters given"
+
+        def predict(t, n=n, size=size):
+            return t.unflatten(1, (n, size)).cumsum(1)[:, :-1].flatten(1, 2)
+
+        before, where = tokens.clone(), "the prediction of cluster k is in the rows from (k-1)*size to k*size"
+        try:
+            mine = my_complete(predict, tokens, given, size)
+        except NotImplementedError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            raise AssertionError(f"{case}: {type(error).__name__}: {error} (hint: {where})") from error
+        assert tokens.equal(before), f"{case}: `tokens` was changed: work on a clone"
+        assert mine.shape == tokens.shape, f"{case}: shape {tuple(mine.shape)}, not {tuple(tokens.shape)}"
+        mine, start = mine.unflatten(1, (n, size)), x[:, :given].sum(1)
+        assert mine[:, :given].equal(x[:, :given]), f"{case}: a given cluster was changed"
+
+        def holds(clusters, mine=mine, given=given):
+            return all(torch.allclose(mine[:, given + i], c, atol=1e-4) for i, c in enumerate(clusters))
+
+        doubled, true = [2.0**i * start for i in range(n - given)], x.cumsum(1)
+        if not holds(doubled):
+            forced = [true[:, given + i - 1] for i in range(n - given)]
+            assert not holds(forced), f"{case}: clusters are predicted from the true ones: put each prediction in first"
+            once = f"{case}: all clusters come from one call, so none has read the one before it: call again for each"
+            assert not holds([start] * (n - given)), once
+            assert not holds([x[:, given + i] for i in range(n - given)]), f"{case}: nothing was predicted"
+            same = torch.allclose(mine[:, given], true[:, given], atol=1e-4)
+            assert not same, f"{case}: cluster {given} was predicted from itself: {where}"
+        assert holds(doubled), f"{case}: the first wrong prediction is of cluster {given} or later; {where}"
+
+
+def completed(predict, tokens: torch.Tensor, given: int, size: int) -> torch.Tensor:
+    """Tokens (b, n*size, values), all clusters but the first `given` predicted on their own output; for the figures."""
+    clusters = list(tokens.split(size, dim=1))
+    for k in range(given, len(clusters)):
+        clusters[k] = predict(torch.cat(clusters, dim=1)).split(size, dim=1)[k - 1]
+    return torch.cat(clusters, dim=1)
+
+
+# --- 06 finetuning ----------------------------------------------------------------------------------------------------
+
+
+@check
+def resize(my_resize) -> None:
+    """Against bicubic weights written out (cubic convolution, a = -3/4, edges repeated), rows and columns apart."""
+
+    def weights(old, new):  # (new, old), fp64
+        matrix = torch.zeros(new, old, dtype=torch.float64)
+        for i in range(new):
+            x = (i + 0.5) * old / new - 0.5
+            for j in range(math.floor(x) - 1, math.floor(x) + 3):
+                t, a = abs(x - j), -0.75
+                near = ((a + 2) * t - (a + 3)) * t * t + 1
+                far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+                matrix[i, min(max(j, 0), old - 1)] += near if t <= 1 else far
+        return matrix
+
+    def stretch(grid, new):  # (rows, columns, d) -> (new rows, new columns, d)
+        rows, columns = (weights(*sides) for sides in zip(grid.shape[:2], new))
+        return torch.einsum("ir,jc,rcd->ijd", rows, columns, grid)
+
+    generator = torch.Generator().manual_seed(0)
+    for old, new in (((3, 5), (4, 7)), ((4, 4), (6, 6)), ((5, 3), (4, 2)), ((2, 3), (2, 3))):
+        (r, c), (r2, c2), case = old, new, f"{old} to {new}"
+        pos = torch.randn(1, r * c + 1, 8, generator=generator)
+        before, mine = pos.clone(), my_resize(pos, old, new)
+        assert mine.shape == (1, r2 * c2 + 1, 8), f"{case}: shape {tuple(mine.shape)}, not {(1, r2 * c2 + 1, 8)}"
+        assert pos.equal(before), f"{case}: `pos` itself was changed"
+        middle, middle2, rows = r * c // 2, r2 * c2 // 2, list(pos[0].double())
+        token, x = rows.pop(middle), mine[0].double()
+        grid = torch.stack(rows)
+
+        def is_(here, expected, x=x):
+            return torch.allclose(x[here], expected, atol=1e-4)
+
+        rest = [t for t in range(r2 * c2 + 1) if t != middle2]
+        expected = stretch(grid.view(r, c, 8), new).flatten(0, 1)
+        if not (is_(middle2, token) and is_(rest, expected)):
+            place = f"{case}: the class token's row belongs into the new middle, at {middle2}, not"
+            assert not (is_(0, token) and is_(slice(1, None), expected)), f"{place} to the front"
+            assert not (is_(-1, token) and is_(slice(0, -1), expected)), f"{place} to the end"
+            others = [t for t in range(r2 * c2 + 1) if t != middle]
+            assert not (middle < len(x) and is_(middle, token) and is_(others, expected)), f"{place} at the old index"
+            gone = f"{case}: the class token's row is to stay as it is: here it is zero"
+            assert not is_(middle2, torch.zeros_like(token)), gone
+            still = "the class token's row was interpolated with the grid: take it out first"
+            first = pos[0, 1:].double()  # as if the class token came first
+            assert not is_(slice(1, None), stretch(first.view(r, c, 8), new).flatten(0, 1)), f"{case}: {still}"
+            for mode in ("linear", "nearest"):
+                flat = F.interpolate(pos.mT, r2 * c2 + 1, mode=mode)[0].mT.double()
+                assert not is_(slice(None), flat), f"{case}: {still}"
+            swapped = stretch(grid.view(c, r, 8), new[::-1]).flatten(0, 1)
+            assert not is_(rest, swapped), f"{case}: rows and columns are swapped: the grid is (rows, columns)"
+            turned = stretch(grid.view(r, c, 8), new).transpose(0, 1).flatten(0, 1)
+            assert not is_(rest, turned), f"{case}: the result goes down the columns: flatten row by row"
+            mixed = stretch(grid.view(8, r, c).permute(1, 2, 0), new).flatten(0, 1)
+            mixed_too = stretch(grid.view(8, r, c).permute(1, 2, 0), new).permute(2, 0, 1).reshape(-1, 8)
+            view = f"{case}: channels and places are mixed up: (r*c, d) needs a permute to become (d, r, c), not a view"
+            assert not is_(rest, mixed) and not is_(rest, mixed_too), view
+            image = grid.view(r, c, 8).permute(2, 0, 1)[None]
+            for mode, corners in (("bicubic", True), ("bilinear", True), ("bilinear", False)):
+                other = F.interpolate(image, new, mode=mode, align_corners=corners)[0].flatten(1).mT
+                assert not is_(rest, other), f"{case}: this is mode={mode}, align_corners={corners}"
+        assert is_(middle2, token), f"{case}: row {middle2} is not the class token's"
+        assert is_(rest, expected), f"{case}: the grid's rows are wrong"
+
+
+@check
+def scale(my_scale) -> None:
+    """Against a table filled from the top down, one multiplication a layer."""
+    for depth, decay in ((12, 0.65), (24, 0.75), (2, 0.5)):
+        table, factor = {"norm_f.weight": 1.0, "norm_f.bias": 1.0, "head.weight": 1.0, "head.bias": 1.0}, 1.0
+        number = dict.fromkeys(table, depth + 1)
+        for i in reversed(range(depth)):
+            factor *= decay
+            for name in ("mixer.A_log", "mlp.w1.weight", "norm1.bias"):
+                table[f"layers.{i}.{name}"], number[f"layers.{i}.{name}"] = factor, i + 1
+        for name in ("patch_embed.weight", "patch_embed.bias", "pos_embed", "cls_token"):
+            table[name], number[name] = factor * decay, 0
+        for name, expected in table.items():
+            mine, case, k = my_scale(name, depth, decay), f"{name}, depth {depth}", number[name]
+            assert isinstance(mine, float | int), f"{case}: a factor is a float, this is a {type(mine).__name__}"
+            if not math.isclose(mine, expected, rel_tol=1e-9):
+                same = f"{case}: this has the scale of the layer below: block i is layer i + 1"
+                assert not (0 < k <= depth and math.isclose(mine, decay ** (depth + 2 - k))), same
+                inner = f"{case}: norm1 and norm2 are inside their blocks: only norm_f is at the top"
+                assert not ("norm1" in name and mine == 1), inner
+                above = f"{case}: this has the scale of the layer above: there are depth + 2 layers, top is depth + 1"
+                assert not math.isclose(mine, decay ** (depth - k)), above
+                assert not math.isclose(mine, decay**k), f"{case}: upside down: the top has scale 1, not the bottom"
+                digit = name.startswith("layers.1") and math.isclose(mine, decay ** (depth - 1))
+                assert not digit, f"{case}: a block's number may have two digits"
+            assert math.isclose(mine, expected, rel_tol=1e-9), f"{case}: {mine:.4g} instead of {expected:.4g}"
+
+
+@check
+def ema_update(my_update) -> None:
+    """Against the closed form: after k updates, decay^k of the start plus (1 - decay) decay^(k-j) of each weight."""
+    generator, decay, shapes = torch.Generator().manual_seed(0), 0.9, {"a": (3, 2), "b": (4,)}
+    series = [
+        {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+        for _ in range(6)
+    ]
+    average = {name: value.clone() for name, value in series[0].items()}
+    for k, weights in enumerate(series[1:], start=1):
+        given = {name: (average[name].clone(), weights[name].clone()) for name in shapes}
+        mine = my_update(average, weights, decay)
+        assert isinstance(mine, dict) and mine.keys() == shapes.keys(), "return a dict with the same names"
+        for name in shapes:
+            old, new = given[name]
+            assert average[name].equal(old), f"{name}: the old average was changed in place: make new tensors"
+            assert weights[name].equal(new), f"{name}: the weights were changed in place: make new tensors"
+            expected = decay**k * series[0][name]
+            expected += sum((1 - decay) * decay ** (k - j) * series[j][name] for j in range(1, k + 1))
+            if not torch.allclose(mine[name], expected):
+                swapped = (1 - decay) * old + decay * new
+                hint = "the factors are swapped: `decay` is the share of the old average"
+                assert not torch.allclose(mine[name], swapped), f"step {k}: {hint}"
+                corrected = f"step {k}: the start counts: no warm-up and no correction of the bias"
+                assert not torch.allclose(mine[name], new), f"step {k}: these are the weights, not an average"
+                assert not torch.allclose(mine[name], expected / (1 - decay**k)), corrected
+            wanted = f"{name} after step {k} is not decay * average + (1 - decay) * weights"
+            assert torch.allclose(mine[name], expected), wanted
+        average = mine
+
+
+@check
+def balanced(my_balanced) -> None:
+    """Against counting, over classes of different sizes that come one after the other, and many seeds."""
+    targets = [c for c, size in enumerate((40, 5, 12, 20)) for _ in range(size)]
+    for number in (4, 8, 10, 15):
+        before = torch.get_rng_state()
+        mine, case = my_balanced(list(targets), number, 3), f"{number} of {len(targets)} images in 4 classes"
+        assert torch.get_rng_state().equal(before), "the global random state was used or set: make a generator"
+        short = len(mine) == number // 4 * 4 and number % 4
+        assert not short, f"{case}: {len(mine)} indices, what is left over after equal shares is missing"
+        assert len(mine) == number, f"{case}: {len(mine)} indices"
+        assert len(set(mine)) == number, f"{case}: an image is chosen twice: draw without replacement"
+        assert all(0 <= i < len(targets) for i in mine), f"{case}: not all are indices into `targets`"
+        counts = [sum(targets[i] == c for i in mine) for c in range(4)]
+        assert max(counts) - min(counts) <= 1, f"{case}: {counts} of the classes differ by more than one"
+        assert sorted(my_balanced(list(targets), number, 3)) == sorted(mine), f"{case}: the same seed, another answer"
+    draws = [my_balanced(list(targets), 8, seed) for seed in range(300)]
+    assert len({tuple(sorted(draw)) for draw in draws}) > 250, "other seeds must give other images, not the first ones"
+    times = [sum(i in draw for draw in draws) for i in range(len(targets))]
+    for i, c in enumerate(targets):
+        often = 300 * 2 / targets.count(c)  # expected; two of each class
+        spread = 6 * math.sqrt(often * (1 - often / 300))
+        uneven = f"image {i} came {times[i]} times in 300 draws, not about {often:.0f}: shuffle each class"
+        assert abs(times[i] - often) <= spread, uneven
+
+
+# --- 07 does it work --------------------------------------------------------------------------------------------------
+
+T_975 = {1: 12.70620, 2: 4.30265, 3: 3.18245, 4: 2.77645, 5: 2.57058, 7: 2.36462}  # t quantiles, from printed tables
+
+
+@check
+def paired_interval(my_interval) -> None:
+    """Against sums over pairs and a printed table of t quantiles, with seeds in another order and seeds missing."""
+    luck = [71.0, 80.5, 64.2, 77.7, 69.1, 83.0, 75.4, 60.3]
+    for n in (5, 2, 3, 8):
+        ours = {seed: luck[seed] + 2.0 + (7 * seed % 5) / 2 for seed in range(n)}
+        theirs = {seed: luck[seed] - (3 * seed % 4) / 3 for seed in reversed(range(n))}
+        for alone in (False, True):
+            mine = dict(ours), dict(theirs)
+            if alone:
+                mine[0][50], mine[1][60] = 90.0, 10.0
+            case = f"{n} shared seeds{', and one more on each side' if alone else ''}"
+            try:
+                answer = my_interval(*mine)
+            except KeyError as error:
+                raise AssertionError(f"{case}: seed {error} is in one dict only: take those that both have") from None
+            assert isinstance(answer, tuple) and len(answer) == 2, "return a tuple (mean, half width)"
+            mean, half = answer
+            d = [ours[seed] - theirs[seed] for seed in range(n)]
+            expected = sum(d) / n
+            assert not math.isclose(mean, -expected, rel_tol=1e-6), f"{case}: the sign: ours minus theirs"
+            if not math.isclose(mean, expected, rel_tol=1e-6):
+                hint = "a seed that only one side has must not count" if alone else "look at the mean alone first"
+                raise AssertionError(f"{case}: mean {mean:.3f}, not {expected:.3f}: {hint}")
+            squares, t = sum((x - expected) ** 2 for x in d), T_975[n - 1]
+            error = math.sqrt(squares / (n - 1) / n)
+
+            def is_(value, half=half):
+                return math.isclose(half, value, rel_tol=1e-4)
+
+            def squared(x, n=n):
+                return sum((value - sum(x) / n) ** 2 for value in x)
+
+            if not is_(t * error):
+                assert not is_(t * error * math.sqrt(n)), f"{case}: no sqrt(n): the spread of one run, not of the mean"
+                assert not is_(t * error / math.sqrt(n)), f"{case}: divided by n, not by sqrt(n)"
+                assert not is_(t * math.sqrt(squares) / n), f"{case}: the variance is over n - 1, not over n"
+                assert not is_(1.959964 * error), f"{case}: the normal quantile: the spread is itself a guess, take t"
+                assert not is_(error), f"{case}: one standard error, not multiplied by the t quantile"
+                assert not is_(2 * t * error), f"{case}: the whole width, the half is due"
+                more = {2: 2.91999, 3: 2.35336, 5: 2.01505, 8: 1.85955}  # t quantiles 0.95 at n, and at n - 1
+                less = {2: 6.31375, 3: 2.91999, 5: 2.13185, 8: 1.89458}
+                one_sided = is_(less[n] * error) or is_(more[n] * error)
+                assert not one_sided, f"{case}: the quantile of a one-sided interval: 0.975 leaves 2.5 % on each side"
+                freedom = {2: 4.30265, 3: 3.18245, 5: 2.57058, 8: 2.30600}[n]
+                assert not is_(freedom * error), f"{case}: n - 1 degrees of freedom, these are n"
+                apart = math.sqrt((squared(list(ours.values())) + squared(list(theirs.values()))) / (n - 1) / n)
+                both = {2: 4.30265, 3: 2.77645, 5: 2.30600, 8: 2.14479}[n]  # at 2n - 2
+                unpaired = is_(apart * t) or is_(apart * both) or is_(apart * 1.959964)
+                assert not unpaired, f"{case}: unpaired: luck that both sides share counts as doubt; take differences"
+                place = [x - y for x, y in zip(ours.values(), theirs.values())]
+                by_place = is_(t * math.sqrt(squared(place) / (n - 1) / n))
+                assert not by_place, f"{case}: paired by place in the dicts: pair by seed, theirs come in another order"
+            assert is_(t * error), f"{case}: half width {half:.4f} instead of {t * error:.4f}"
+
+
+@check
+def accuracy_error(my_error) -> None:
+    """Against the definition: the spread of the accuracy over all numbers of right answers, each with its chance."""
+    for percent, images in ((80.0, 355), (50.0, 100), (97.0, 40), (12.5, 64)):
+        p, mine, variance = percent / 100, my_error(percent, images), 0.0
+        for right in range(images + 1):
+            chance = math.comb(images, right) * p**right * (1 - p) ** (images - right)
+            variance += chance * (100 * right / images - percent) ** 2
+        expected, case = math.sqrt(variance), f"{percent} % of {images} images"
+        assert not isinstance(mine, complex), f"{case}: the root of a negative number: an accuracy of 80 is p = 0.8"
+        if not math.isclose(mine, expected, rel_tol=1e-6):
+            assert not math.isclose(mine, expected / 100, rel_tol=1e-6), f"{case}: a fraction: points are due"
+            assert not math.isclose(mine, variance, rel_tol=1e-6), f"{case}: the variance: its root is due"
+            fraction = math.isclose(mine, variance / 1e4, rel_tol=1e-6)
+            assert not fraction, f"{case}: the variance, of a fraction: its root is due, in points"
+            one = f"{case}: the spread of one answer: the mean of {images} varies less"
+            assert not math.isclose(mine, expected * math.sqrt(images), rel_tol=1e-6), one
+            wide = any(math.isclose(mine, expected * z, rel_tol=1e-3) for z in (1.96, 2.0))
+            assert not wide, f"{case}: the half width of a 95 % interval: one standard error is due"
+            half = math.isclose(mine, 50 / math.sqrt(images), rel_tol=1e-6)
+            assert not half, f"{case}: the error at 50 %, the largest: it depends on the accuracy"
+        assert math.isclose(mine, expected, rel_tol=1e-6), f"{case}: {mine:.4f} instead of {expected:.4f}"
+
+
+@check
+def choose(my_choice) -> None:
+    """Against a table worked out by hand, in which every wrong rule has a winner of its own."""
+    table = {  # name: held-out, test
+        "one lucky seed": ((95.0, 60.0, 61.0), (70.0, 71.0, 72.0)),  # mean 72
+        "most seeds": ((78.0, 79.0, 80.0, 81.0), (73.0, 74.0, 75.0, 76.0)),  # mean 79.5, the largest sum
+        "right": ((82.0, 83.0, 84.0), (74.0, 78.0, 79.0)),  # mean 83
+        "best test": ((75.0, 76.0, 77.0), (90.0, 91.0, 92.0)),
+        "worst": ((50.0, 51.0, 53.0), (99.0, 40.0, 41.0)),
+    }
+    for order in (list(table), list(reversed(table))):
+        settings = {n: dict(zip(("held-out", "test"), (dict(enumerate(x)) for x in table[n]))) for n in order}
+        answer = my_choice(settings)
+        assert isinstance(answer, tuple) and len(answer) == 2, "return a tuple (name, mean test score)"
+        name, score = answer
+        assert name != "best test", "chosen by the mean test score: what is reported must not decide"
+        assert not (name == "worst" and math.isclose(score, 60.0)), "chosen by the best single test score"
+        assert name != "one lucky seed", "chosen by the best single held-out run: compare means over seeds"
+        assert name != "most seeds", "chosen by the sum: settings with more seeds win; compare means"
+        assert name == "right", f"{name!r} does not have the highest mean held-out score"
+        assert not math.isclose(score, 83.0), "the held-out mean was returned: it chose, so it flatters; report test"
+        assert not math.isclose(score, 79.0), "the best test run was returned: report the mean over seeds"
+        assert not math.isclose(score, 91.0), "the test score of another setting"
+        assert math.isclose(score, 77.0), f"score {score}, the mean test score of the chosen setting is 77.0"
