@@ -3,6 +3,7 @@
 The wrong answers that the checks must catch are in test_checks.py; grading hand-ins is grade.py's.
 """
 
+import base64
 import copy
 import json
 import re
@@ -67,6 +68,22 @@ def test_form(path):
         assert "".join(out.text for out in checks[name].outputs) == f"{name}: not implemented yet\n"
         assert "<details>" in solutions[name].source and solution(solutions[name])
         assert re.search(r"checks\.(\w+)\(", checks[name].source)[1] == name
+
+
+@each
+def test_readme_lists_its_exercises(path):
+    readme, notebook = (ROOT / "README.md").read_text(), read(path)
+    (line,) = [line for line in readme.splitlines() if line.startswith(f"| `{path.stem}` |")]
+    minutes = [int(x) for cell in notebook.cells for x in re.findall(r"### Exercise \d.*?(\d+) minutes", cell.source)]
+    exercises = dict(zip(tagged(notebook, "exercise"), minutes, strict=True))
+    assert line.split("|")[3].strip() == ", ".join(f"`{name}` {n}" for name, n in exercises.items())
+
+
+def test_the_figure_of_the_method_is_the_notebooks():
+    notebook = read(ROOT / "notebooks" / "04_autoregressive_objective.ipynb")
+    (cell,) = [cell for cell in notebook.cells if "def method_figure" in cell.source and cell.cell_type == "code"]
+    (picture,) = [out.data["image/png"] for out in cell.outputs if "image/png" in out.get("data", {})]
+    assert base64.b64decode(picture) == (ROOT / "notebooks" / "method.png").read_bytes(), "export it again"
 
 
 @pytest.mark.slow
