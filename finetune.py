@@ -32,7 +32,7 @@ IMAGENET = dict(
 )
 IMAGENET |= dict(layer_decay=0.65, drop_path=0.1, ema=0.99992, randaugment=True, erasing=0.25, mixup=0.8, cutmix=1.0)
 IMAGENET |= dict(eval_crop=0.875, scratch=dict(layer_decay=1.0))
-DIGITS = dict(labels=100, epochs=50, warmup_epochs=5, effective_batch=32, base_lr=4e-2, layer_decay=0.8)
+DIGITS = dict(labels=100, epochs=50, warmup_epochs=5, effective_batch=32, base_lr=8e-2, layer_decay=0.8)
 DIGITS |= dict(compare=True, scratch=dict(layer_decay=1.0, base_lr=4e-2))
 SMALL = dict(epochs=20, warmup_epochs=2, effective_batch=64, base_lr=4e-3, drop_path=0.1, layer_decay=0.75, mixup=0.8)
 SMALL |= dict(cutmix=1.0, scratch=dict(layer_decay=1.0))

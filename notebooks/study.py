@@ -37,6 +37,8 @@ STUDIES = {
     "default": {
         "pretrained": ((), ()),
         "from scratch, same finetuning": (None, ()),
+        "pretrained, twice the finetuning": ((), ("--max-steps", 300)),
+        "from scratch, twice the finetuning": (None, ("--max-steps", 300)),
         "from scratch, time of both stages": (None, TOTAL),
         "1-nearest neighbour on pixels": PIXELS,
         "logistic regression on pixels": PIXELS,
