@@ -37,11 +37,11 @@ STUDIES = {
     "default": {
         "pretrained": ((), ()),
         "from scratch, same finetuning": (None, ()),
-        "pretrained, twice the finetuning": ((), ("--max-steps", 300)),
-        "from scratch, twice the finetuning": (None, ("--max-steps", 300)),
-        "from scratch, time of both stages": (None, TOTAL),
         "1-nearest neighbour on pixels": PIXELS,
         "logistic regression on pixels": PIXELS,
+        "from scratch, time of both stages": (None, TOTAL),
+        "pretrained, twice the finetuning": ((), ("--max-steps", 300)),
+        "from scratch, twice the finetuning": (None, ("--max-steps", 300)),
     },
     "unit": {
         "clusters of 2x2 patches, pixels normalised": ((), ()),
@@ -155,8 +155,8 @@ if __name__ == "__main__":
     parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
-    for seed in [] if options.table else options.seeds:
-        for row in STUDIES[options.study]:
+    for row in [] if options.table else STUDIES[options.study]:
+        for seed in options.seeds:
             if not any((line["row"], line["seed"]) == (row, seed) for line in read(options.study)):
                 line = dict(study=options.study, row=row, seed=seed, results=run(options.study, row, seed))
                 with open(RESULTS / f"{options.study}.jsonl", "a") as file:
