@@ -200,7 +200,12 @@ def load_images(args: argparse.Namespace, train: bool) -> Dataset:
     if name == "digits":
         data = Digits(train)
     elif name != "folder":
-        data = dict(cifar10=datasets.CIFAR10).get(name, datasets.FashionMNIST)(root, train=train, download=True)
+        kind, first = dict(cifar10=datasets.CIFAR10).get(name, datasets.FashionMNIST), os.environ.get("LOCAL_RANK", "0")
+        for turn in (True, False):  # the first process of each machine downloads, the others wait
+            if turn == (first == "0"):
+                data = kind(root, train=train, download=turn)
+            if world_size() > 1:
+                dist.barrier()
     else:
         part = root / ("train" if train else "val")
         part = root if train and not part.is_dir() else part

@@ -303,7 +303,8 @@ def test_cifar10_is_read_through_torchvision(monkeypatch):
         classes, targets = [str(i) for i in range(10)], list(range(10)) * 4
 
         def __init__(self, root, train, download):
-            assert str(root) == "data" and download
+            assert str(root) == "data"
+            downloads.append(download)
 
         def __len__(self):
             return 40
@@ -313,11 +314,16 @@ def test_cifar10_is_read_through_torchvision(monkeypatch):
                 raise IndexError
             return Image.new("RGB", (32, 32), (6 * i, 100, 50)), i % 10
 
+    downloads = []
     monkeypatch.setattr(train.datasets, "CIFAR10", Fake)
     pretrain("--preset", "cifar10", "--output-dir", "run")
     results = classify("--preset", "cifar10", "--checkpoint", "run/last.pt")
     assert results["images"] == 40 and results["args"]["mixup"] == 0.8
     assert results["args"]["image_size"] == (32, 32)
+    assert all(downloads)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # only one process of a machine downloads
+    train.load_images(train.pretraining_arguments(["--preset", "cifar10"]), train=True)
+    assert downloads[-1] is False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
