@@ -231,7 +231,7 @@ def random_crop(args: argparse.Namespace) -> list:
 
 
 def to_tensor(mode: str) -> list:
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*PIXELS[mode])]
+    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*PIXELS[mode])]
 
 
 def seed_from(*key: int | str) -> int:
@@ -252,9 +252,12 @@ class Seeded(Dataset):
     def __getitem__(self, draw: tuple[int, int] | int) -> tuple[torch.Tensor, int]:
         epoch, i = draw if isinstance(draw, tuple) else (0, draw)
         image, label = self.data[self.indices[i]]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_from("augment", self.seed, epoch, self.indices[i]))
+        state = torch.get_rng_state()
+        try:
+            torch.default_generator.manual_seed(seed_from("augment", self.seed, epoch, self.indices[i]))
             return self.transform(image.convert(self.data.mode)), label
+        finally:
+            torch.set_rng_state(state)
 
 
 class TrainingBatches:

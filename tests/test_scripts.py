@@ -130,7 +130,7 @@ def test_the_papers_finetuning_recipe(name, decay, drop):
         1.0,
     )
     kinds = {type(step).__name__: step for step in finetune.augmentation(args, "RGB")}
-    order = "RandomResizedCrop RandomHorizontalFlip RandAugment ToImage ToDtype Normalize RandomErasing".split()
+    order = "RandomResizedCrop RandomHorizontalFlip RandAugment PILToTensor ToDtype Normalize RandomErasing".split()
     assert list(kinds) == order
     augment, erase = kinds["RandAugment"], kinds["RandomErasing"]
     assert (augment.num_ops, augment.magnitude, augment.num_magnitude_bins) == (2, 9, 11)
