@@ -607,9 +607,7 @@ def test_the_default_run_shows_the_claim():
     script("train.py")
     said = script("finetune.py").stdout
     pretrained, scratch = (float(x) for x in re.findall(r"top-1 ([\d.]+) %", said))
-    assert pretrained > 70 and scratch > 50, (
-        said
-    )  # both learn; which is ahead one seed cannot say, see the README's table
+    assert pretrained > scratch + 2, said  # by 14.4 when this was written; by 5 to 14 over the seeds of README's table
     assert f"{pretrained - scratch:+.1f} points over" in said or abs(pretrained - scratch) < 0.2
 
 
