@@ -104,6 +104,7 @@ WRONG = {
         lambda *x: (recurrence(*x)[0], recurrence(*x)[1] / 4),
         "the state is right, the output is not",
     ),
+    "scan: nothing returned": (checks.scan, lambda *x: None, "return y, a tensor"),
     "scan: read before update": (checks.scan, wrong(scan, late=True), "read before it was updated"),
     "scan: no decay": (checks.scan, wrong(scan, decays=False), "the decay is missing"),
     "scan: positive A": (checks.scan, wrong(scan, sign=-1.0), "A was taken as positive"),
@@ -142,3 +143,9 @@ def test_right_answer_passes_and_stub_is_told(answer, capsys):
     check(answer)
     check(stub)
     assert capsys.readouterr().out == f"{check.__name__}: passed\n{check.__name__}: not implemented yet\n"
+
+
+@pytest.mark.parametrize("answer", [recurrence, scan, scan_gradient], ids=lambda answer: answer.__name__)
+def test_a_right_answer_in_fp32_passes(answer, capsys):
+    getattr(checks, answer.__name__)(lambda *arguments: answer(*(x.float() for x in arguments)))
+    assert "passed" in capsys.readouterr().out

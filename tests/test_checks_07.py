@@ -82,6 +82,7 @@ WRONG = {
     "by test score": (checks.choose, lambda s: choose(s, by="test"), "chosen by the mean test score"),
     "by best test run": (checks.choose, lambda s: choose(s, by="test", rule=max), "best single test score"),
     "by best run": (checks.choose, lambda s: choose(s, rule=max), "best single held-out run"),
+    "by median": (checks.choose, lambda s: choose(s, rule=statistics.median), "chosen by the median"),
     "by sum": (checks.choose, lambda s: choose(s, rule=sum), "chosen by the sum"),
     "reports held-out": (checks.choose, lambda s: choose(s, report="held-out"), "the held-out mean was returned"),
     "reports the best": (checks.choose, lambda s: choose(s, how=max), "the best test run was returned"),
