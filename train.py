@@ -366,7 +366,9 @@ def count(model: torch.nn.Module) -> int:
 
 def circumstances(device: str) -> dict:
     """What a result was measured on, and the largest memory of the process so far (on the GPU, if that is used)."""
-    machine, peak = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", None
+    info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    name = info.partition("model name\t: ")[2].partition("\n")[0] or platform.processor() or platform.machine()
+    machine, peak = f"{name}, {os.cpu_count()} cores", None
     if device == "cuda":
         machine, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() // 2**20
     elif resource:  # ru_maxrss is in KiB, on macOS in bytes

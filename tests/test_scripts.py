@@ -340,6 +340,10 @@ def test_pretraining_leaves_everything_it_promises(capsys):
     arm.load_state_dict(checkpoint["model"])
     assert [row[0] for row in log("run")] == [1, 2, 3, 4, 5, 6]
     assert json.loads((folder / "results.json").read_text())["loss"] == results["loss"] == log("run")[-1][2]
+    assert results["torch"] == torch.__version__ and results["machine"].endswith(f", {os.cpu_count()} cores")
+    if Path("/proc/meminfo").exists():  # MiB: more than torch itself, less than the machine has
+        total = int(re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) // 1024
+        assert 100 < results["peak_memory_mib"] < total
     said = capsys.readouterr().out
     parameters = f"{sum(p.numel() for p in arm.parameters()):,} parameters"
     for word in ("batch_size=16", parameters, "cpu", "scan: torch (", "effective batch 16", "peak"):

@@ -1,7 +1,6 @@
-"""Known wrong answers to the exercises of notebook 3: each must fail, with the message that names the mistake."""
+"""Right answers to the exercises of this notebook, and wrong ones with the message that names the mistake."""
 
 import checks
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -116,20 +115,9 @@ WRONG = {
     "a float": (checks.mixer_parameters, lambda *a: mixer_parameters(*a, r=lambda d: d / 16), "is an int"),
 }
 
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_answer_is_caught(name):
-    check, answer, message = WRONG[name]
-    with pytest.raises(AssertionError, match=message):
-        check(answer)
-
-
-@pytest.mark.parametrize("answer", [causal_convolution, merge_directions, pool_halves, mixer_parameters])
-def test_right_answer_passes_and_stub_is_told(answer, capsys):
-    def stub(*args):
-        raise NotImplementedError
-
-    check = getattr(checks, answer.__name__)
-    check(answer)
-    check(stub)
-    assert capsys.readouterr().out == f"{answer.__name__}: passed\n{answer.__name__}: not implemented yet\n"
+RIGHT = {
+    checks.causal_convolution: causal_convolution,
+    checks.merge_directions: merge_directions,
+    checks.pool_halves: pool_halves,
+    checks.mixer_parameters: mixer_parameters,
+}

@@ -1,9 +1,8 @@
-"""Known wrong answers to the exercises of notebook 1: each must fail, with the message that names the mistake."""
+"""Right answers to the exercises of this notebook, and wrong ones with the message that names the mistake."""
 
 import math
 
 import checks
-import pytest
 import torch
 
 
@@ -61,20 +60,4 @@ WRONG = {
     "degrees": (checks.positions, lambda d, r, c: positions(d, r, c, 10000.0) * math.pi, "must hold"),
 }
 
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_answer_is_caught(name):
-    check, answer, message = WRONG[name]
-    with pytest.raises(AssertionError, match=message):
-        check(answer)
-
-
-@pytest.mark.parametrize("answer", [patchify, cluster_index, positions], ids=["patches", "cluster_index", "positions"])
-def test_right_answer_passes_and_stub_is_told(answer, capsys):
-    def stub(*args):
-        raise NotImplementedError
-
-    check = {patchify: checks.patches}.get(answer) or getattr(checks, answer.__name__)
-    check(answer)
-    check(stub)
-    assert capsys.readouterr().out == f"{check.__name__}: passed\n{check.__name__}: not implemented yet\n"
+RIGHT = {checks.patches: patchify, checks.cluster_index: cluster_index, checks.positions: positions}

@@ -1,9 +1,8 @@
-"""Known wrong answers to the exercises of notebook 2: each must fail, with the message that names the mistake."""
+"""Right answers to the exercises of this notebook, and wrong ones with the message that names the mistake."""
 
 import functools
 
 import checks
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -126,26 +125,9 @@ WRONG = {
     "gradient: g for G": (checks.scan_gradient, wrong(scan_gradient, whole=False), "dL/da has g_t"),
 }
 
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_answer_is_caught(name):
-    check, answer, message = WRONG[name]
-    with pytest.raises(AssertionError, match=message):
-        check(answer)
-
-
-@pytest.mark.parametrize("answer", [discretise, recurrence, scan, scan_gradient], ids=lambda answer: answer.__name__)
-def test_right_answer_passes_and_stub_is_told(answer, capsys):
-    def stub(*args):
-        raise NotImplementedError
-
-    check = getattr(checks, answer.__name__)
-    check(answer)
-    check(stub)
-    assert capsys.readouterr().out == f"{check.__name__}: passed\n{check.__name__}: not implemented yet\n"
-
-
-@pytest.mark.parametrize("answer", [recurrence, scan, scan_gradient], ids=lambda answer: answer.__name__)
-def test_a_right_answer_in_fp32_passes(answer, capsys):
-    getattr(checks, answer.__name__)(lambda *arguments: answer(*(x.float() for x in arguments)))
-    assert "passed" in capsys.readouterr().out
+RIGHT = {
+    checks.discretise: discretise,
+    checks.recurrence: recurrence,
+    checks.scan: scan,
+    checks.scan_gradient: scan_gradient,
+}

@@ -1,7 +1,6 @@
-"""Known wrong answers to the exercises of notebook 4: each must fail, with the message that names the mistake."""
+"""Right answers to the exercises of this notebook, and wrong ones with the message that names the mistake."""
 
 import checks
-import pytest
 import torch
 
 
@@ -120,20 +119,9 @@ WRONG = {
     "rows and columns": (checks.dependence, lambda *a: dependence(*a).T, "shape"),
 }
 
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_answer_is_caught(name):
-    check, answer, message = WRONG[name]
-    with pytest.raises(AssertionError, match=message):
-        check(answer)
-
-
-@pytest.mark.parametrize("answer", [cluster_mask, normalised_target, cluster_losses, dependence])
-def test_right_answer_passes_and_stub_is_told(answer, capsys):
-    def stub(*args):
-        raise NotImplementedError
-
-    check = getattr(checks, answer.__name__)
-    check(answer)
-    check(stub)
-    assert capsys.readouterr().out == f"{answer.__name__}: passed\n{answer.__name__}: not implemented yet\n"
+RIGHT = {
+    checks.cluster_mask: cluster_mask,
+    checks.dependence: dependence,
+    checks.normalised_target: normalised_target,
+    checks.cluster_losses: cluster_losses,
+}

@@ -1,0 +1,47 @@
+"""The checks of the notebooks' exercises: right answers pass, and every known wrong one is caught by its own message.
+
+The answers are in answers_01.py to answers_07.py: WRONG, {name: (check, answer, message)}, and RIGHT, {check: answer}.
+"""
+
+import importlib
+
+import checks
+import pytest
+
+ANSWERS = [importlib.import_module(f"answers_0{i}") for i in range(1, 8)]
+WRONG = {f"{answers.__name__[-2:]} {name}": case for answers in ANSWERS for name, case in answers.WRONG.items()}
+RIGHT = {check: answer for answers in ANSWERS for check, answer in answers.RIGHT.items()}
+each_right = pytest.mark.parametrize("check, answer", RIGHT.items(), ids=[check.__name__ for check in RIGHT])
+
+
+def test_every_check_has_right_and_wrong_answers():
+    known = {function for function in vars(checks).values() if hasattr(function, "__wrapped__")}
+    assert RIGHT.keys() == {check for check, _, _ in WRONG.values()} == known
+
+
+@pytest.mark.parametrize("check, answer, message", WRONG.values(), ids=WRONG)
+def test_wrong_answer_is_caught(check, answer, message):
+    with pytest.raises(AssertionError, match=message):
+        check(answer)
+
+
+@each_right
+def test_right_answer_passes_and_stub_is_told(check, answer, capsys):
+    def stub(*arguments):
+        raise NotImplementedError
+
+    check(answer)
+    check(stub)
+    name = check.__name__
+    assert capsys.readouterr().out == f"{name}: passed\n{name}: not implemented yet\n"
+
+
+@pytest.mark.parametrize("name", ["recurrence", "scan", "scan_gradient"])
+def test_a_right_answer_in_fp32_passes(name, capsys):
+    check = getattr(checks, name)
+    check(lambda *arguments: RIGHT[check](*(x.float() for x in arguments)))
+    assert capsys.readouterr().out == f"{name}: passed\n"
+
+
+def test_the_loop_of_notebook_5s_figure_is_right():
+    checks.complete.__wrapped__(checks.completed)
