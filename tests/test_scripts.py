@@ -665,6 +665,12 @@ def study(monkeypatch):
     return study
 
 
+def test_the_readmes_table_is_the_studys(study, monkeypatch):
+    monkeypatch.setattr(study, "RESULTS", ROOT / "notebooks" / "results")
+    _, *rows = study.table("default").splitlines()
+    assert "\n".join(rows) in (ROOT / "README.md").read_text(), "paste `study.py default --table` again"
+
+
 def test_study_table(study):
     """Differences are paired by seed, and an interval is that of Student's t."""
     scores = {"pretrained": (80, 90, 70, 60, 99), "from scratch, same finetuning": (78, 84, 70, 56, None)}
