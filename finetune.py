@@ -61,6 +61,8 @@ def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namesp
     add("--labels", type=int, help="train on so many labelled images, balanced over classes; default all")
     add("--holdout", type=int, help="evaluate on so many other training images instead of the test set, for tuning")
     add("--eval", action="store_true", help="evaluate the checkpoint, a finetuned one, and do no training")
+    add("--class-list", type=Path, help="folder names of all the checkpoint's classes in label order, for --eval")
+    add("--probe", action="store_true", help="neighbours and a linear classifier on frozen features, and no training")
     add("--eval-crop", type=float, default=1.0, help="centre crop as a share of the resized short side")
     add("--eval-resize", choices=("keep", "squash"), default="keep", help="squash: as the released evaluation does")
     add = parser.add_argument_group("finetuning recipe").add_argument
@@ -124,9 +126,28 @@ def build_model(args: argparse.Namespace, checkpoint: dict | None, mode: str, cl
         return VisionMamba.from_arm(model, len(classes), args.image_size, drop_path=args.drop_path, **shape)
     if dict(directions=model.directions, pool=model.pool) != shape:
         raise ValueError(f"{args.checkpoint} has {model.directions} directions and pool {model.pool}: leave these out")
-    if model.num_classes != len(classes) or config.get("classes", classes) != classes:
-        raise ValueError(f"the checkpoint knows {model.num_classes} classes, the data has {len(classes)} or others")
+    if model.num_classes != len(classes):
+        wanted = f"a file of its {model.num_classes} folder names in label order"
+        raise ValueError(f"{len(classes)} class names for {args.checkpoint}: give --class-list {wanted}")
     return model.resized(args.image_size, args.drop_path)
+
+
+def known_classes(args: argparse.Namespace, checkpoint: dict | None, classes: list[str]) -> list[str]:
+    """Names of what the model's logits stand for: a list, what a finetuned checkpoint says, or the data's folders."""
+    if args.class_list:
+        return args.class_list.read_text().split()
+    config = (checkpoint or {}).get("config", {})
+    return config["classes"] if config.get("stage", "pretrain") != "pretrain" else classes
+
+
+def logit_columns(known: list[str], classes: list[str]) -> list[int]:
+    """The logits of the data's classes: by name, or by label where folders are numbers, as in ImageNet-V2."""
+    if set(classes) <= set(known):
+        return [known.index(name) for name in classes]
+    if all(name.isdecimal() and int(name) < len(known) for name in classes):
+        return [int(name) for name in classes]
+    new = ", ".join(sorted(set(classes) - set(known)))
+    raise ValueError(f"the model does not know the classes {new}: remove them, or name all of its in --class-list")
 
 
 def pick(targets: list[int], number: int | None, seed: int, holdout: int | None) -> tuple[list[int], list[int]]:
@@ -178,19 +199,55 @@ def evaluation_transform(args: argparse.Namespace, mode: str) -> list:
 
 
 @torch.no_grad()
-def evaluate(model: VisionMamba, data: train.Seeded, args: argparse.Namespace, device: torch.device) -> dict:
-    """Top-1 and top-5 in percent. Each process takes its share; every image counts exactly once."""
+def evaluate(
+    model: VisionMamba, data: train.Seeded, args: argparse.Namespace, device: torch.device, columns=slice(None)
+) -> dict:
+    """Top-1 and top-5 in percent, among the logits in `columns`.
+
+    Each process takes its share; every image counts exactly once, but for broken ones: they are `skipped`.
+    """
     share = Subset(data, range(train.rank(), len(data), train.world_size()))
     loader = DataLoader(share, args.batch_size, num_workers=train.workers_for(args))
-    top1 = top5 = 0
+    top1 = top5 = n = 0
     model.eval()
     for images, labels in loader:
         with train.autocast(args):
-            logits = model(images.to(device)).float().cpu()
+            logits = model(images.to(device, torch.get_default_dtype()))[:, columns].float().cpu()
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        top1, top5 = top1 + ranked[:, 0].sum().item(), top5 + ranked.sum().item()
-    top1, top5, n = (train.sum_over_processes(x) for x in (top1, top5, len(share)))
-    return dict(top1=100 * top1 / n, top5=100 * top5 / n, images=int(n))
+        top1, top5, n = top1 + ranked[:, 0].sum().item(), top5 + ranked.sum().item(), n + (labels >= 0).sum().item()
+    top1, top5, n = (train.sum_over_processes(x) for x in (top1, top5, n))
+    skipped = len(data) - int(n)
+    if skipped and (n == 0 or args.preset.startswith("imagenet")):
+        raise ValueError(f"{skipped} of {len(data)} test images are broken: repair them, a result needs them all")
+    return dict(top1=100 * top1 / n, top5=100 * top5 / n, images=int(n), skipped=skipped)
+
+
+def probe(features, labelled: train.Seeded, held: train.Seeded, test: train.Seeded, args, device) -> dict:
+    """Top-1 in percent of scikit-learn's classifiers on features(images), standardised; settings chosen on `held`.
+
+    Digits, placed at random, are shown to the classifiers in five places each, and tested in one.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def arrays(data, epochs=1):
+        draws = [(epoch, i) for epoch in range(epochs) for i in range(len(data))]
+        loader = DataLoader(data, args.batch_size, sampler=draws, num_workers=train.workers_for(args))
+        with torch.no_grad(), train.autocast(args):
+            pairs = [(features(x.to(device, torch.get_default_dtype())).float().cpu(), y) for x, y in loader]
+        x, y = (torch.cat(parts).numpy() for parts in zip(*pairs))
+        return x[y >= 0], y[y >= 0]  # broken images have no label
+
+    fitted, held, test = arrays(labelled, 5 if train.dataset_name(args) == "digits" else 1), arrays(held), arrays(test)
+    knn = [KNeighborsClassifier(k, metric="cosine") for k in (1, 5, 20) if k <= len(fitted[0])]
+    linear = [LogisticRegression(C=10.0**i, max_iter=3000) for i in range(-5, 2)]
+    results = {}
+    for name, models in dict(knn=knn, linear=linear).items():
+        models = [make_pipeline(StandardScaler(), model).fit(*fitted) for model in models]
+        results[name] = 100 * max(models, key=lambda model: model.score(*held)).score(*test)
+    return results | dict(images=len(test[0]), labels=len(labelled))
 
 
 def layer_scale(depth: int, decay: float):
@@ -206,58 +263,72 @@ def layer_scale(depth: int, decay: float):
     return scale
 
 
+def train_one(args: argparse.Namespace, run: train.Run, model: VisionMamba, data: train.Seeded, classes: list[str]):
+    """Train a classifier; returns the seconds it took, and the average of its weights if the recipe has one."""
+    ema = None
+    groups = train.parameter_groups(model, args.weight_decay, layer_scale(model.config.depth, args.layer_decay))
+    optimizer = torch.optim.AdamW(groups, betas=args.betas, eps=1e-8, fused=True)
+    if args.ema:
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+        ema.n_averaged.fill_(1)  # average from the first step on; by default that step would only copy
+    mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(classes))] if args.mixup else []
+    mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(classes))] if args.cutmix else []
+    mix = v2.RandomChoice(mixes) if mixes else lambda x, y: (x, y)
+    criterion = torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+
+    def loss_of(net, x, y):
+        x, y = mix(x, y)
+        logits = net(x).to(x.dtype)  # of the images, which autocast leaves in fp32
+        return criterion(logits, y.to(x.dtype) if y.is_floating_point() else y)
+
+    config = dict(model=asdict(model.config), mode=data.data.mode, classes=classes)
+    config |= dict(classifier=dict(directions=model.directions, pool=model.pool))
+    return train.fit(args, run, model.train(), loss_of, data, optimizer, config, ema), ema
+
+
 def run_one(args: argparse.Namespace, checkpoint: dict | None) -> dict:
-    """Train (unless --eval) and evaluate one classifier."""
+    """Train (unless --eval or --probe) and evaluate one classifier."""
     device = train.set_up(args)
-    images = train.load_images(args, train=True) if not args.eval or args.holdout else None
+    images = train.load_images(args, train=True) if args.holdout or not args.eval else None
     test = images if args.holdout else train.load_images(args, train=False)
-    labelled, held = pick(images.targets, args.labels, args.seed, args.holdout) if images else ([], [])
-    classes = test.classes
-    if images and images.classes != classes:
-        raise ValueError(
-            f"training images are of classes {images.classes}, test images of {classes}: make them the same"
-        )
+    classes, known = test.classes, known_classes(args, checkpoint, test.classes)
+    if not args.eval and not images.classes == classes == known:
+        names = f"{images.classes} to train on, {classes} to test on, {known} in the checkpoint or list"
+        raise ValueError(f"classes differ, {names}: make them the same")
+    columns = logit_columns(known, classes)
     torch.manual_seed(train.seed_from("weights", args.seed))
-    model = build_model(args, checkpoint, (images or test).mode, classes).to(device)
+    model = build_model(args, checkpoint, (images or test).mode, known).to(device)
     model.grad_checkpoint = args.grad_checkpoint
     mode = test.mode = "RGB" if model.config.channels == 3 else "L"  # grey images are made RGB for an RGB model
+    labelled = held = []
     if images:
         images.mode = mode
-    run = train.Run(args, "eval" if args.eval else "scratch" if args.from_scratch else "finetune")
-    held_or_test = train.Seeded(test, evaluation_transform(args, mode), seed=0, indices=held if args.holdout else None)
+        holdout = args.holdout or (len(images) // 5 if args.probe else None)
+        labelled, held = pick(images.targets, args.labels, args.seed, holdout)
+    stage = "eval" if args.eval else "probe" if args.probe else "scratch" if args.from_scratch else "finetune"
+    run, steps = train.Run(args, stage), evaluation_transform(args, mode)
+    tested = train.Seeded(test, steps, seed=0, indices=held if args.holdout else None, exact=True)
 
-    results, ema, seconds = {}, None, 0.0
-    if not args.eval:
-        args.batch_size = min(args.batch_size, len(labelled))
-        data = train.Seeded(images, augmentation(args, mode), args.seed, labelled)
-        groups = train.parameter_groups(model, args.weight_decay, layer_scale(model.config.depth, args.layer_decay))
-        optimizer = torch.optim.AdamW(groups, betas=args.betas, eps=1e-8, fused=True)
-        if args.ema:
-            ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
-            ema.n_averaged.fill_(1)  # average from the first step on; by default that step would only copy
-        mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(classes))] if args.mixup else []
-        mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(classes))] if args.cutmix else []
-        mix = v2.RandomChoice(mixes) if mixes else lambda x, y: (x, y)
-        criterion = torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)
-
-        def loss_of(net, x, y):
-            x, y = mix(x, y)
-            return criterion(net(x).float(), y)
-
-        config = dict(model=asdict(model.config), mode=mode, classes=classes)
-        config |= dict(classifier=dict(directions=model.directions, pool=model.pool))
-        model.train()
-        seconds = train.fit(args, run, model, loss_of, data, optimizer, config, ema)
-        results |= dict(labels=len(labelled), steps=run.records()[-1]["step"])
-    results |= evaluate(model, held_or_test, args, device)
-    if ema:
-        results["ema"] = evaluate(ema.module, held_or_test, args, device)
-    results |= dict(parameters=train.count(model), seconds=round(seconds, 1), args=vars(args))
+    results = {}
+    if args.probe:
+        labelled, held = (train.Seeded(images, steps, args.seed, part, exact=True) for part in (labelled, held))
+        results = probe(model.eval().features, labelled, held, tested, args, device)
+    else:
+        seconds, ema = 0.0, None
+        if not args.eval:
+            args.batch_size = min(args.batch_size, len(labelled))
+            data = train.Seeded(images, augmentation(args, mode), args.seed, labelled)
+            seconds, ema = train_one(args, run, model, data, classes)
+            broken = int(train.sum_over_processes(float(data.broken.sum())))
+            results = dict(labels=len(labelled), steps=run.step, broken=broken)
+        results |= evaluate(model, tested, args, device, columns) | dict(seconds=round(seconds, 1))
+        if ema:
+            results["ema"] = evaluate(ema.module, tested, args, device, columns)
     start = "from scratch" if args.from_scratch else f"from {args.checkpoint}"
-    train.say(
-        f"{start}: top-1 {results['top1']:.1f} % of {results['images']} images, {seconds:.0f} s; see {run.folder}"
-    )
-    return run.write_results(results)
+    scores = dict(top1="top-1", top5="top-5", knn="nearest neighbours", linear="linear classifier")
+    said = ", ".join(f"{word} {results[name]:.1f} %" for name, word in scores.items() if name in results)
+    train.say(f"{start}: {said} of {results['images']} images; see {run.folder}/results.json")
+    return run.write_results(results | dict(parameters=train.count(model), args=vars(args)))
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -265,7 +336,7 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     args, checkpoint = finetuning_arguments(argv)
     results = run_one(args, checkpoint)
-    if args.compare and not args.from_scratch and not args.eval:
+    if args.compare and not (args.from_scratch or args.eval or args.probe):
         recipe = PRESETS[args.preset]["scratch"] | dict(from_scratch=True, checkpoint=None)
         scratch = argparse.Namespace(**vars(args) | recipe)
         scratch.output_dir = args.output_dir and args.output_dir / "from-scratch"

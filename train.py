@@ -24,17 +24,19 @@ import json
 import math
 import pickle
 import platform
+import shutil
 import signal
 import sys
 import time
+import zipfile
 import zlib
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
@@ -42,9 +44,10 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 try:
+    import fcntl
     import resource
 except ImportError:  # Windows
-    resource = None
+    fcntl = resource = None
 
 from armamba import ARM, ORDERS, VARIANTS, ARMConfig, from_clusters, patchify, scan_backend, unpatchify
 
@@ -56,7 +59,7 @@ IMAGENET |= dict(variant="base", effective_batch=2048, base_lr=1.5e-4)
 SMALL = dict(variant="micro", threads=1, cluster_size=2, effective_batch=64, base_lr=1.2e-2, warmup_epochs=2)
 SMALL |= dict(min_crop=0.4, flip=False)
 PRESETS = {
-    "digits": SMALL | dict(image_size=24, patch_size=4, epochs=35, effective_batch=32, base_lr=4.8e-2, warmup_epochs=1),
+    "digits": SMALL | dict(image_size=24, patch_size=4, epochs=28, effective_batch=32, base_lr=4.8e-2, warmup_epochs=1),
     "fashion-mnist": SMALL | dict(image_size=28, patch_size=2, epochs=5),
     "cifar10": SMALL | dict(image_size=32, patch_size=4, flip=True, epochs=20),
     "folder": SMALL | dict(image_size=64, patch_size=8, min_crop=0.2, flip=True, epochs=20),
@@ -101,7 +104,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on from the checkpoint in --output-dir, if there is one")
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is there")
     add("--threads", type=int, help="CPU threads of PyTorch; small models run best on one")
-    add("--precision", choices=("bf16", "fp32"), help="default: bf16 autocast on CUDA, fp32 elsewhere")
+    add("--precision", choices=("bf16", "fp32", "fp64"), help="default: bf16 autocast on CUDA, fp32 elsewhere")
     add("--compile", action=SWITCH, default=False, help="torch.compile the model")
     add("--grad-checkpoint", action=SWITCH, default=False, help="recompute blocks in the backward pass, for memory")
     add("--save-every", type=float, default=10.0, metavar="MINUTES", help="what a crash can cost")
@@ -182,11 +185,11 @@ class Digits(Dataset):
 
 
 class Folder(datasets.ImageFolder):
-    """Images below a folder; its subfolders are the classes, and without subfolders there is one class."""
+    """Images below a folder; its subfolders are the classes (numbers in numeric order), without any there is one."""
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        folders = (entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
-        classes = sorted(folders) or ["."]
+        folders = [entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != "."]
+        classes = sorted(folders, key=int if all(map(str.isdecimal, folders)) else None) or ["."]
         return classes, {name: i for i, name in enumerate(classes)}
 
 
@@ -208,13 +211,31 @@ def load_images(args: argparse.Namespace, train: bool) -> Dataset:
                 dist.barrier()
     else:
         part = root / ("train" if train else "val")
-        part = root if train and not part.is_dir() else part
+        part = root if (train or args.eval) and not part.is_dir() else part
         if not args.data or not part.is_dir():
             raise ValueError(f"no folder of images at {part}: give --data a folder, with train/ and val/ to evaluate")
-        data = Folder(part, loader=lambda path: Image.open(path))
-    grey = all(data[i * len(data) // 8][0].mode in ("1", "L", "LA") for i in range(8))
-    data.mode = "L" if grey else "RGB"
+        data = Folder(part, loader=Image.open if args.preset.startswith("imagenet") else open_upright)
+    modes = set()
+    for i in range(0, len(data), -(-len(data) // 8)):
+        with suppress(Exception):  # broken images are dealt with when they are used
+            modes.add(data[i][0].mode)
+    data.mode = "L" if modes and modes <= {"1", "L", "LA", "I", "I;16"} else "RGB"
     return data
+
+
+def open_upright(path: str) -> Image.Image:
+    """As its EXIF says that it was held; ImageNet's protocol does not look at that."""
+    return ImageOps.exif_transpose(Image.open(path))
+
+
+def plain(image: Image.Image, mode: str) -> Image.Image:
+    """Any kind of image as 8-bit "L" or "RGB": 16 bits are scaled down, what is transparent shows white."""
+    if image.mode.startswith("I"):
+        image = image.point(lambda value: value / 256).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
 
 
 def random_crop(args: argparse.Namespace) -> list:
@@ -240,24 +261,50 @@ def seed_from(*key: int | str) -> int:
 
 
 class Seeded(Dataset):
-    """Some of the images, augmented; item (epoch, i) draws from (seed, epoch, image), whoever loads it and when."""
+    """Some of the images, augmented; item (epoch, i) draws from (seed, epoch, image), whoever loads it and when.
 
-    def __init__(self, data: Dataset, transform: list, seed: int, indices: list[int] | None = None):
-        self.data, self.transform, self.seed = data, v2.Compose(transform), seed
+    An image that cannot be read is named and counted. In training the next one takes its place, and more than 5 % of
+    them are an error; for evaluation, `exact`, it comes as label -1, to be left out.
+    """
+
+    def __init__(self, data: Dataset, transform: list, seed: int, indices: list[int] | None = None, exact=False):
+        self.data, self.transform, self.seed, self.exact = data, v2.Compose(transform), seed, exact
         self.indices = range(len(data)) if indices is None else indices
+        self.broken = torch.zeros(len(data), dtype=torch.bool).share_memory_()  # one for all data loading processes
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, draw: tuple[int, int] | int) -> tuple[torch.Tensor, int]:
         epoch, i = draw if isinstance(draw, tuple) else (0, draw)
-        image, label = self.data[self.indices[i]]
+        while (item := self.read(self.indices[i])) is None:
+            if self.exact:
+                return self.transform(Image.new(self.data.mode, (8, 8))), -1
+            i = (i + 1) % len(self)
         state = torch.get_rng_state()
         try:
             torch.default_generator.manual_seed(seed_from("augment", self.seed, epoch, self.indices[i]))
-            return self.transform(image.convert(self.data.mode)), label
+            return self.transform(item[0]), item[1]
         finally:
             torch.set_rng_state(state)
+
+    def read(self, index: int) -> tuple[Image.Image, int] | None:
+        """An image and its label; None if it is broken."""
+        try:
+            image, label = self.data[index]
+            return plain(image, self.data.mode), label
+        except Exception as error:  # whatever a decoder may raise
+            root, files = getattr(self.data, "root", "."), getattr(self.data, "samples", None)
+            if not os.path.exists(root):
+                raise ValueError(f"the data folder {root} has vanished: bring it back, and --resume") from None
+            if not self.broken[index]:
+                self.broken[index] = True
+                print(f"broken image {files[index][0] if files else index}: {error}", flush=True)
+            if not self.exact and self.broken.sum() > 0.05 * len(self):
+                names = [files[i][0] if files else str(i) for i in self.broken.nonzero().flatten().tolist()]
+                raise ValueError(
+                    f"{len(names)} of {len(self)} images are broken, more than 5 %; repair or remove {', '.join(names)}"
+                ) from None
 
 
 class TrainingBatches:
@@ -347,6 +394,7 @@ def set_up(args: argparse.Namespace) -> torch.device:
         raise ValueError(f"--device {args.device} is not there: leave it out to take the best that is")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
+    torch.set_default_dtype(torch.float64 if args.precision == "fp64" else torch.float32)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if "RANK" in os.environ and not dist.is_initialized():
         if args.device == "cuda":
@@ -382,7 +430,14 @@ def run_script(main) -> None:
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        last = str(error).strip().splitlines()[-1]  # after the traceback, if it comes from a data loading process
+        sys.exit(f"error: {last.removeprefix('ValueError: ')}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of GPU memory: lower --batch-size (--accum keeps the effective batch), --grad-checkpoint")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(f"error: {str(error).splitlines()[0]} Is memory short? Lower --num-workers, and go on with --resume")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -394,11 +449,13 @@ def run_script(main) -> None:
 def load_checkpoint(path: Path | str) -> dict:
     """Read a checkpoint, ours or a released one, without running code that it may carry."""
     try:
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch.load does not look
+            raise RuntimeError(f"the checksum of {part} is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint at {path}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} is damaged, or no checkpoint that can be trusted: {reason}") from None
 
@@ -423,10 +480,17 @@ class Run:
         self.folder = args.output_dir or next(Path(name) for name in fresh if not Path(name).exists())
         self.stage, self.device, self.saved_at = stage, args.device, time.monotonic()
         self.signal = self.state = None
-        checkpoints = [self.folder / name for name in ("last.pt", "previous.pt") if (self.folder / name).exists()]
-        if checkpoints and not args.resume:
+        if rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.folder / "log.jsonl", "a+")
+            try:  # a lock that ends with this process, and that data loading processes do not inherit
+                fcntl and fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(f"another live run writes to {self.folder}: give another --output-dir") from None
+        self.checkpoints = [path for name in ("last.pt", "previous.pt") if (path := self.folder / name).exists()]
+        if self.checkpoints and not args.resume:
             raise ValueError(f"{self.folder} holds a run: add --resume to go on, or give another --output-dir")
-        for path in checkpoints:
+        for path in self.checkpoints:
             try:
                 self.state = self.state or load_checkpoint(path)
             except ValueError as error:
@@ -435,9 +499,19 @@ class Run:
             say(f"nothing to resume in {self.folder}: starting afresh")
         self.step = self.state["step"] if self.state else 0
         if rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= self.step]
-            (self.folder / "log.jsonl").write_text("".join(kept))
+            end = 0
+            self.file.seek(0)
+            for line in iter(self.file.readline, ""):  # a kill can leave half a line
+                if line.endswith("}\n") and json.loads(line)["step"] <= self.step:
+                    end = self.file.tell()
+            self.file.truncate(end)
+
+    def need_space(self, size: int) -> None:
+        """Say at the start that the disk is too full for three checkpoints: the last, the one before, and a new one."""
+        need = (3 - len(self.checkpoints)) * size
+        if rank() == 0 and (free := shutil.disk_usage(self.folder).free) < need:
+            sizes = f"{need / 2**20:.0f} MiB for checkpoints, and {free / 2**20:.0f} are free"
+            raise ValueError(f"{self.folder} needs {sizes}: make room, or give another --output-dir")
 
     def restore(self, config: dict, model, optimizer, ema) -> float:
         """Load the state to go on from, if there is one; returns the seconds spent so far."""
@@ -456,14 +530,13 @@ class Run:
         return seconds
 
     def records(self) -> list[dict]:
-        path = self.folder / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a kill can leave half a line
+        self.file.seek(0)  # not opened anew: closing any handle would give up the lock
+        return [json.loads(line) for line in self.file]
 
     def log(self, record: dict) -> None:
         if rank() == 0:
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
 
     @contextmanager
     def signals(self):
@@ -492,10 +565,15 @@ class Run:
             state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
             state |= dict(model_ema=ema.module.state_dict()) if ema else {}
             last, temporary = self.folder / "last.pt", self.folder / "last.pt.tmp"
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with open(temporary, "wb") as file:
+                    torch.save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except (OSError, RuntimeError) as error:
+                temporary.unlink(missing_ok=True)
+                reason = f"{error.__cause__ or error.__context__ or error}".splitlines()[0]
+                raise OSError(f"cannot save step {state['step']} ({reason}); older checkpoints are intact") from None
             if last.exists():
                 os.replace(last, self.folder / "previous.pt")
             os.replace(temporary, last)
@@ -525,6 +603,8 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
     config |= dict(effective_batch=batches.effective, stage=run.stage)
     config |= dict(args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
     before, device = run.restore(config, model, optimizer, ema), next(model.parameters()).device
+    dtype = torch.get_default_dtype()
+    run.need_space(sum(x.nbytes for x in model.parameters()) * (4 if ema else 3))
     say("configuration:", *(f"{key}={value}" for key, value in sorted(config["args"].items())))
     scan = "{} ({})".format(*scan_backend(args.device))
     say(f"{count(model):,} parameters, {args.device}, {args.precision}, torch {torch.__version__}, scan: {scan}")
@@ -547,11 +627,12 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
             lr = learning_rate(epoch, args.epochs, args.warmup_epochs, peak, args.min_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            torch.manual_seed(seed_from("step", args.seed, step, rank()))
-
             loss = 0.0
             for micro in range(args.accum):
-                images, labels = (x.to(device, non_blocking=True) for x in next(stream))
+                # what is random depends on the place in the effective batch, not on how processes share it
+                torch.manual_seed(seed_from("step", args.seed, step, micro * world_size() + rank()))
+                images, labels = next(stream)
+                images, labels = images.to(device, dtype, non_blocking=True), labels.to(device, non_blocking=True)
                 waits = world_size() > 1 and micro < args.accum - 1  # processes exchange gradients once per step
                 with net.no_sync() if waits else nullcontext():
                     with autocast(args):
@@ -577,6 +658,7 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
             )
             if step + 1 == steps or run.due(args.save_every):
                 run.save(dict(step=step + 1, seconds=before + seconds, config=config), model, optimizer, ema)
+    run.step = steps
     return before + time.monotonic() - began
 
 
@@ -663,6 +745,7 @@ def main(argv: list[str] | None = None) -> dict:
     say(f"done in {seconds:.0f} s: loss {records[-1]['loss']:.4f}; look at {run.folder}/predictions.png")
     say(f"next: python finetune.py --checkpoint {run.folder}/last.pt")
     results = dict(loss=records[-1]["loss"], seconds=round(seconds, 1), parameters=count(arm), args=vars(args))
+    results |= dict(broken=int(data.broken.sum()))
     return run.write_results(results)
 
 

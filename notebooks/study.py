@@ -39,7 +39,7 @@ STUDIES = {
         "from scratch, same finetuning": (None, ()),
         "1-nearest neighbour on pixels": PIXELS,
         "logistic regression on pixels": PIXELS,
-        "from scratch, the time of both stages": (None, ("--max-steps", 1100)),  # 1575 * 0.085 s / 0.14 s + 150, idle
+        "from scratch, the time of both stages": (None, ("--max-steps", 915)),  # 1260 * 0.085 s / 0.14 s + 150
         "pretrained, twice the finetuning": ((), ("--max-steps", 300)),
         "from scratch, twice the finetuning": (None, ("--max-steps", 300)),
     },

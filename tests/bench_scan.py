@@ -334,6 +334,18 @@ def table(rows) -> str:
     return "\n".join(lines)
 
 
+def summary(rows) -> str:
+    """One line per contestant: forward and backward in milliseconds, and over ours, for each shape and layout."""
+    cases = list(dict.fromkeys((row["shape"], row["layout"]) for row in rows))
+    lines = [f"| forward + backward | {' | '.join(f'{shape} {layout}' for shape, layout in cases)} |"]
+    lines += ["|---" * (len(cases) + 1) + "|"]
+    for name in dict.fromkeys(row["name"] for row in rows if "both" in row):
+        found = {(row["shape"], row["layout"]): row["both"] for row in rows if row["name"] == name}
+        cells = [f"{x['median']:.0f} ms, {x['over_ours']:.3g}x" if (x := found.get(case)) else "" for case in cases]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--shapes", default="S1,S2,S3,S4", help=f"of {', '.join(SHAPES)}")
@@ -367,6 +379,7 @@ def main():
     for directions in (1, 4) if args.model else ():
         report["model"].append(scan_share(directions, args))
         print(f"\n{line} ({{min:.1%}}..{{max:.1%}})".format(**report["model"][-1]), flush=True)
+    print("\n" + summary(report["scans"]))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -1,0 +1,272 @@
+"""What can go wrong in a long run, done on purpose: what the user is told, and that nothing is lost."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_scripts import ROOT, TINY, classify, in_empty_folder, load, log, make_folder, pretrain, same, script  # noqa: F401
+
+import train
+
+SMALL = ["--image-size", 16, "--patch-size", 4, "--batch-size", 4]
+posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX locks, limits or signals")
+
+
+def says(main) -> str:
+    """The one line with which a script ends when main() fails."""
+    with pytest.raises(SystemExit) as end:
+        train.run_script(main)
+    message = str(end.value)
+    assert message.startswith("error: ") and len(message.splitlines()) == 1, message
+    return message
+
+
+def break_images(root, part, number) -> list[str]:
+    """Make some files of every class unreadable, each in another way; returns their paths."""
+    paths = [p for folder in sorted(Path(root, part).iterdir()) for p in sorted(folder.iterdir())[:number]]
+    for i, path in enumerate(paths):
+        data = path.read_bytes()
+        path.write_bytes([b"", b"this is not an image", data[: len(data) // 2]][i % 3])
+    return [str(path) for path in paths]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_are_named_once_and_replaced_by_the_next(workers, capfd):
+    root = make_folder("photos", per_class=25)
+    broken = break_images(root, "train", 1)
+    flags = ["--data", root, *SMALL, "--num-workers", workers, "--max-steps", 30]  # each image comes about twice
+    results = pretrain(*flags, "--output-dir", "run")
+    said = capfd.readouterr().out
+    assert results["broken"] == 2 and all(said.count(f"broken image {path}: ") == 1 for path in broken)
+    args = train.pretraining_arguments([*map(str, flags)])
+    data = train.Seeded(train.load_images(args, True), train.random_crop(args) + train.to_tensor("RGB"), 0)
+    assert torch.equal(data[3, 0][0], data[3, 1][0]) and not torch.equal(data[3, 1][0], data[3, 2][0])
+    assert data[0, 49][1] == 1 and data[0, 25][1] == 1  # the second class starts with a broken one
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_broken_images_stop_the_run_with_their_list(workers):
+    root = make_folder("photos", per_class=20)
+    broken = break_images(root, "train", 2)  # 4 of 40
+    flags = ["--data", root, *SMALL, "--num-workers", workers, "--max-steps", 30]
+    message = says(lambda: pretrain(*flags, "--output-dir", "run"))
+    assert "3 of 40 images are broken, more than 5 %; repair or remove photos/train" in message
+    assert sum(path in message for path in broken) == 3
+
+
+def test_broken_images_are_left_out_of_evaluation_and_an_error_for_imagenet(capfd):
+    root = make_folder("photos", per_class=6)
+    flags = ["--data", root, *SMALL, "--num-workers", 0]
+    whole = classify("--from-scratch", *flags, "--output-dir", "run")
+    assert (whole["images"], whole["skipped"]) == (12, 0)
+    broken = break_images(root, "val", 1)
+    results = classify("--eval", "--checkpoint", "run/last.pt", "--data", root)
+    said = capfd.readouterr().out
+    assert (results["images"], results["skipped"]) == (10, 2) and all(path in said for path in broken)
+    correct = results["top1"] * 10 / 100
+    assert correct == pytest.approx(round(correct))
+    again = ["--eval", "--checkpoint", "run/last.pt", "--preset", "imagenet-base", "--image-size", 16, "--data", root]
+    assert "2 of 12 test images are broken" in says(lambda: classify(*again, "--num-workers", 0))
+
+
+def test_images_of_every_kind_come_out_right(tmp_path):
+    ramp = np.tile(np.linspace(0, 255, 16).round().astype("uint8"), (8, 1))  # dark on the left
+    grey, colour = Image.fromarray(ramp), Image.fromarray(np.stack([ramp, ramp // 2, 255 - ramp], 2))
+    clear = Image.fromarray(np.stack([0 * ramp, np.where(ramp < 128, 0, 255).astype("uint8")], 2), "LA")
+    wide = Image.fromarray(ramp.astype("uint16") * 257)
+    cases = {
+        "grey.png": (grey, ramp),
+        "16-bit.png": (wide, ramp),
+        "cmyk.jpg": (colour.convert("CMYK"), np.asarray(colour)),
+        "palette.png": (grey.convert("P"), ramp),
+        "alpha.png": (colour.convert("RGBA"), np.asarray(colour)),
+        "transparent.png": (clear, np.where(ramp < 128, 255, 0)),  # black on the right, nothing on the left
+        "bilevel.png": (Image.fromarray(ramp > 127), np.where(ramp > 127, 255, 0)),
+    }
+    for name, (image, want) in cases.items():
+        image.save(tmp_path / name)
+        mode = "L" if want.ndim == 2 else "RGB"
+        got = np.asarray(train.plain(Image.open(tmp_path / name), mode)).astype(int)
+        assert abs(got - want).max() <= (12 if name.endswith("jpg") else 1), name
+
+
+def test_cameras_turn_images_of_a_folder_but_not_of_imagenet(tmp_path):
+    folder = tmp_path / "photos/train/a"
+    folder.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[274] = 6  # held so that it has to be turned by 90 degrees
+    Image.new("RGB", (30, 20)).save(folder / "turned.jpg", exif=exif)
+    for preset, size in ((), (20, 30)), (("--preset", "imagenet-base"), (30, 20)):
+        args = train.pretraining_arguments(["--data", str(tmp_path / "photos"), *preset])
+        assert train.load_images(args, train=True)[0][0].size == size
+
+
+def test_odd_files(shared_data):
+    files = sorted((shared_data / "data/odd-images").glob("*.*g"))
+    if not files:
+        pytest.skip("no odd images in the shared data")
+    broken = {"synthetic_empty.jpg", "synthetic_text.jpg", "truncated_jpeg.jpg"}
+    for path in files:
+        if path.name in broken:
+            with pytest.raises(Exception):  # noqa: B017, since decoders differ
+                train.plain(train.open_upright(path), "RGB")
+        else:
+            pixels = np.asarray(train.plain(train.open_upright(path), "RGB"))
+            assert pixels.shape[2] == 3 and pixels.std() > 20, path.name
+    turned, straight = (
+        train.open_upright(shared_data / "data/odd-images" / f"hopper{x}.jpg") for x in ("_orientation_6", "")
+    )
+    difference = np.asarray(turned.convert("RGB")).astype(int) - np.asarray(straight)
+    assert turned.size == straight.size and abs(difference).mean() < 10
+
+
+def test_a_data_folder_that_vanishes_is_said(monkeypatch):
+    root = make_folder("photos", per_class=25)
+    original = train.Run.log
+
+    def vanish(run, record):
+        original(run, record)
+        shutil.rmtree(root, ignore_errors=True)
+
+    monkeypatch.setattr(train.Run, "log", vanish)
+    message = says(lambda: pretrain("--data", root, *SMALL, "--num-workers", 1, "--output-dir", "run"))
+    assert "the data folder photos/train has vanished: bring it back, and --resume" in message
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes and memory
+
+
+@posix
+def test_a_data_loading_process_that_dies_is_said(monkeypatch):
+    def read(data, index):
+        assert multiprocessing.parent_process() is not None
+        os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory is short
+
+    monkeypatch.setattr(train.Seeded, "read", read)
+    message = says(lambda: pretrain("--num-workers", 1, "--output-dir", "run"))
+    assert "DataLoader worker" in message and "Lower --num-workers, and go on with --resume" in message
+
+
+def test_too_little_gpu_memory_is_said():
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    assert "lower --batch-size (--accum keeps the effective batch)" in says(main)
+
+
+def test_other_errors_keep_their_traceback():
+    def main():
+        raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        train.run_script(main)
+
+
+@posix
+def test_two_live_runs_cannot_write_one_folder():
+    flags = [*TINY, "--max-steps", "100000", "--output-dir", "run"]
+    first = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stderr=subprocess.DEVNULL)
+    try:
+        while not (Path("run/log.jsonl").exists() and Path("run/log.jsonl").stat().st_size):
+            assert first.poll() is None
+            time.sleep(0.1)
+        with pytest.raises(ValueError, match="another live run writes to run: give another --output-dir"):
+            pretrain("--output-dir", "run", "--resume")
+    finally:
+        first.kill()
+        first.wait()
+    pretrain("--output-dir", "run", "--resume")  # at once: the lock has died with its process, not with its workers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Disks and files
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found(capsys):
+    pretrain("--save-every", 0, "--output-dir", "run")
+    whole, data = load("run/last.pt"), bytearray(Path("run/last.pt").read_bytes())
+    data[len(data) // 2] ^= 1  # inside a weight: such a file loads without complaint
+    Path("run/last.pt").write_bytes(data)
+    pretrain("--save-every", 0, "--output-dir", "run", "--resume")
+    assert "run/last.pt is damaged" in capsys.readouterr().out
+    assert same(load("run/last.pt")["model"], whole["model"])
+
+
+@posix
+def test_a_full_disk_never_costs_a_checkpoint():
+    import resource
+
+    pretrain("--save-every", 0, "--max-steps", 4, "--output-dir", "run")
+    kept = Path("run/previous.pt").read_bytes()
+    Path("run/last.pt").write_bytes(kept)  # go on from step 3
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, limits[1]))
+    try:
+        flags = ["--save-every", 0, "--max-steps", 4, "--output-dir", "run", "--resume"]
+        message = says(lambda: pretrain(*flags))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot save step 4 (" in message and "older checkpoints are intact" in message
+    assert Path("run/last.pt").read_bytes() == kept and not Path("run/last.pt.tmp").exists()
+
+
+def test_too_little_space_and_bad_folders_are_said_at_the_start(monkeypatch):
+    Path("file").write_text("")
+    assert "file" in says(lambda: pretrain("--output-dir", "file/run"))
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+    message = says(lambda: pretrain("--output-dir", "run"))
+    assert "run needs 11 MiB for checkpoints, and 1 are free: make room" in message
+    assert log("run") == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Slow
+
+
+@pytest.mark.slow
+@posix
+def test_killed_thirty_times_it_ends_the_same(capsys):
+    """At random moments, and every second time while a checkpoint is being written."""
+    flags = [*TINY, "--max-steps", 120, "--batch-size", 8, "--accum", 2, "--save-every", 0, "--num-workers", 1]
+    flags += "--from-scratch --no-compare --ema 0.9 --mixup 0.8 --cutmix 1 --drop-path 0.2 --erasing 0.3".split()
+    script("finetune.py", *flags, "--output-dir", "whole")
+    command = [sys.executable, ROOT / "finetune.py", *flags, "--output-dir", "parts", "--resume"]
+    rng, steps, written = np.random.default_rng(0), [], 0
+    for i in range(30):
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = Path("parts/log.jsonl").read_text() if i else ""
+        while process.poll() is None and (
+            not Path("parts/log.jsonl").exists() or Path("parts/log.jsonl").read_text() == before
+        ):
+            time.sleep(0.01)  # until it has got further
+        time.sleep(rng.uniform(0, 0.5))
+        while i % 2 and process.poll() is None and not Path("parts/last.pt.tmp").exists():
+            pass
+        assert process.poll() is None, "it was done before it could be killed: more steps"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        written += Path("parts/last.pt.tmp").exists()
+        steps.append(len(Path("parts/log.jsonl").read_text().splitlines()))
+    script("finetune.py", *flags, "--output-dir", "parts", "--resume")
+    with capsys.disabled():
+        print(f"\n30 kills, {written} of them while a checkpoint was being written, after steps {steps}")
+    assert written >= 5 and log("parts") == log("whole")
+    for key in ("model", "model_ema", "optimizer"):
+        assert same(load("parts/last.pt")[key], load("whole/last.pt")[key]), key
+    whole, parts = (json.loads(Path(x, "results.json").read_text()) for x in ("whole", "parts"))
+    assert whole["top1"] == parts["top1"] and whole["ema"] == parts["ema"]
