@@ -339,7 +339,7 @@ def _scan(u, delta, A, B, C, D, bias, softplus, kernel, save):
             for h_t, x_t, B_t in zip(h_i.unbind(), (delta_i * u_i).unbind(), B_i.mT.unbind()):
                 h = h_t.mul_(h).addcmul_(x_t, B_t)
             y_i.copy_((C_i @ h_i).addcmul_(D, u_i))
-    return y.transpose(0, 1).flatten(2).mT, h.mT.reshape(b, d, n), entries
+    return y.transpose(0, 1).flatten(2).mT, h.mT.reshape(b, d, n).contiguous(), entries
 
 
 @torch.library.custom_op(
@@ -396,7 +396,7 @@ def _scan_backward(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
             dx = dx.mul_(raw_i.sigmoid()) if softplus else dx
             dbias += dx.sum((0, 1))
             ddelta_i.copy_(dx)
-        dA = dA.sum(0).mT.reshape(d, n)
+        dA = dA.sum(0).mT.reshape(d, n).contiguous()
         du, ddelta = (x.transpose(0, 1).flatten(2).mT for x in (du, ddelta))  # (b, d, l)
         dB, dC = (x.squeeze(3).permute(1, 2, 3, 0) for x in (dB, dC))  # (b, g, n, l)
     return tuple(x.to(dtype) for x, dtype in zip((du, ddelta, dA, dB, dC, dD.flatten(), dbias.flatten()), dtypes))

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
-from armamba import ARM, ARMConfig, VisionMamba, load_official
+from armamba import ARM, DIRECTIONAL, ARMConfig, VisionMamba, load_official
 
 # `scratch` holds what differs when training from scratch: no layer-wise decay, since there is nothing below to protect;
 # for digits also a rate of its own. Both of digits' rates were chosen on held-out images (notebooks/study.py tune).
@@ -34,11 +34,13 @@ IMAGENET |= dict(layer_decay=0.65, drop_path=0.1, ema=0.99992, randaugment=True,
 IMAGENET |= dict(eval_crop=0.875, scratch=dict(layer_decay=1.0))
 DIGITS = dict(labels=100, epochs=50, warmup_epochs=5, effective_batch=32, base_lr=8e-2, layer_decay=0.8)
 DIGITS |= dict(compare=True, scratch=dict(layer_decay=1.0, base_lr=4e-2))
+FASHION = dict(epochs=20, warmup_epochs=2, effective_batch=64, base_lr=2e-2, layer_decay=0.8)
+FASHION |= dict(scratch=dict(layer_decay=1.0, base_lr=2e-2))
 SMALL = dict(epochs=20, warmup_epochs=2, effective_batch=64, base_lr=4e-3, drop_path=0.1, layer_decay=0.75, mixup=0.8)
 SMALL |= dict(cutmix=1.0, scratch=dict(layer_decay=1.0))
 LARGE = IMAGENET | dict(layer_decay=0.75, drop_path=0.3)
 PRESETS = dict(
-    zip(train.PRESETS, (DIGITS, SMALL, SMALL, SMALL, IMAGENET, LARGE, LARGE))
+    zip(train.PRESETS, (DIGITS, FASHION, SMALL, SMALL, IMAGENET, LARGE, LARGE))
 )  # huge is unpublished: large's
 PRESETS = {name: train.PRESETS[name] | preset for name, preset in PRESETS.items()}
 
@@ -56,13 +58,14 @@ def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namesp
     add("--compare", action=argparse.BooleanOptionalAction, default=False, help="then also train one from scratch")
     add("--weights", choices=("model", "model_ema"), default="model", help="which of a finetuned checkpoint's to take")
     add("--directions", type=int, choices=(1, 4), default=4)
+    add("--fresh-directions", action="store_true", help="of a pretrained model: start the other three at random")
     add("--pool", choices=("mean", "cls"), default="mean")
     add = parser.add_argument_group("labels and evaluation").add_argument
     add("--labels", type=int, help="train on so many labelled images, balanced over classes; default all")
     add("--holdout", type=int, help="evaluate on so many other training images instead of the test set, for tuning")
     add("--eval", action="store_true", help="evaluate the checkpoint, a finetuned one, and do no training")
     add("--class-list", type=Path, help="folder names of all the checkpoint's classes in label order, for --eval")
-    add("--probe", action="store_true", help="neighbours and a linear classifier on frozen features, and no training")
+    add("--probe", choices=("features", "pixels"), help="neighbours and a linear classifier on these, and no training")
     add("--eval-crop", type=float, default=1.0, help="centre crop as a share of the resized short side")
     add("--eval-resize", choices=("keep", "squash"), default="keep", help="squash: as the released evaluation does")
     add = parser.add_argument_group("finetuning recipe").add_argument
@@ -123,7 +126,14 @@ def build_model(args: argparse.Namespace, checkpoint: dict | None, mode: str, cl
     if isinstance(model, ARM):
         if args.eval:
             raise ValueError(f"{args.checkpoint} is a pretrained model without a head: finetune it before --eval")
-        return VisionMamba.from_arm(model, len(classes), args.image_size, drop_path=args.drop_path, **shape)
+        model = VisionMamba.from_arm(model, len(classes), args.image_size, drop_path=args.drop_path, **shape)
+        if args.fresh_directions:  # one direction follows the other along the first axis
+            fresh = VisionMamba(model.config, len(classes), **shape).state_dict()
+            for name, value in model.state_dict().items():
+                if DIRECTIONAL.search(name):
+                    first = len(value) // args.directions
+                    value[first:] = fresh[name][first:]
+        return model
     if dict(directions=model.directions, pool=model.pool) != shape:
         raise ValueError(f"{args.checkpoint} has {model.directions} directions and pool {model.pool}: leave these out")
     if model.num_classes != len(classes):
@@ -312,7 +322,8 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None) -> dict:
     results = {}
     if args.probe:
         labelled, held = (train.Seeded(images, steps, args.seed, part, exact=True) for part in (labelled, held))
-        results = probe(model.eval().features, labelled, held, tested, args, device)
+        features = model.eval().features if args.probe == "features" else torch.nn.Flatten()
+        results = probe(features, labelled, held, tested, args, device)
     else:
         seconds, ema = 0.0, None
         if not args.eval:

@@ -60,7 +60,7 @@ SMALL = dict(variant="micro", threads=1, cluster_size=2, effective_batch=64, bas
 SMALL |= dict(min_crop=0.4, flip=False)
 PRESETS = {
     "digits": SMALL | dict(image_size=24, patch_size=4, epochs=28, effective_batch=32, base_lr=4.8e-2, warmup_epochs=1),
-    "fashion-mnist": SMALL | dict(image_size=28, patch_size=2, epochs=5),
+    "fashion-mnist": SMALL | dict(image_size=32, patch_size=4, flip=True, epochs=1, warmup_epochs=0.1),
     "cifar10": SMALL | dict(image_size=32, patch_size=4, flip=True, epochs=20),
     "folder": SMALL | dict(image_size=64, patch_size=8, min_crop=0.2, flip=True, epochs=20),
     "imagenet-base": IMAGENET,

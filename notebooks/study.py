@@ -2,7 +2,8 @@
 
     python notebooks/study.py default            # the README's table: pretrained, from scratch, pixels; five seeds
     python notebooks/study.py default --table    # the table again, from notebooks/results/default.jsonl alone
-    python notebooks/study.py tune --seeds 100 101 102    # learning rates, on held-out training images
+    python notebooks/study.py tune --seeds 100 101    # learning rates, on held-out training images
+    python notebooks/study.py fashion --seeds 0 1 2 --data FOLDER    # where Fashion-MNIST is, or is to be put
 
 Runs use the two scripts and leave their folders in runs/study/. A run that has its line is skipped and one that was
 interrupted is resumed, so a study can be killed at any time, and several processes with different --seeds can share it.
@@ -20,28 +21,53 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, RUNS = ROOT / "notebooks" / "results", ROOT / "runs" / "study"
 sys.path.insert(0, str(ROOT))
 
-import torch
-
-import finetune
-import train  # (first: it sets OMP_WAIT_POLICY)
 from armamba import ORDERS
 
-PIXELS = "pixels"
 HELD, RATES = ("--holdout", 300), ("2e-2", "4e-2", "8e-2", "1.6e-1")
+PIXELS, FEATURES, TWICE = ("--probe", "pixels"), ("--probe", "features"), ("--max-steps", 300)
 
-# study: {row: (flags of train.py, or None to start from random weights; flags of finetune.py)}. The first row is what
-# the others are compared with. In `tune` both sides have the same number of runs.
+# Fashion-MNIST: 10,000 images with labels, or some of them, and 60,000 without; 2,000 others to choose rates
+FASHION, FASHION_HELD = ("--preset", "fashion-mnist"), ("--labels", 1000, "--max-steps", 300, "--holdout", 2000)
+BUDGETS = {100: 200, 1000: 300, 10000: 600}  # labels: finetuning steps
+FASHION_TOTAL = 500  # more steps of finetuning in the time of the pretraining
+
+# study: {row: (flags of train.py, or None to start from random weights; flags of finetune.py)}. Rows are compared with
+# the first one, or with the first of those that share what stands before a colon.
 STUDIES = {
+    # both sides have the same number of runs
     "tune": {f"pretrained, base lr {lr}": ((), (*HELD, "--base-lr", lr)) for lr in RATES}
     | {f"from scratch, base lr {lr}": (None, (*HELD, "--base-lr", lr)) for lr in RATES},
     "default": {
         "pretrained": ((), ()),
         "from scratch, same finetuning": (None, ()),
-        "1-nearest neighbour on pixels": PIXELS,
-        "logistic regression on pixels": PIXELS,
+        "nearest neighbours on pixels": (None, PIXELS),
+        "logistic regression on pixels": (None, PIXELS),
         "from scratch, the time of both stages": (None, ("--max-steps", 915)),  # 1260 * 0.085 s / 0.14 s + 150
-        "pretrained, twice the finetuning": ((), ("--max-steps", 300)),
-        "from scratch, twice the finetuning": (None, ("--max-steps", 300)),
+        "pretrained, twice the finetuning": ((), TWICE),
+        "from scratch, twice the finetuning": (None, TWICE),
+    },
+    "fashion-tune": {
+        f"{name}, base lr {lr}": (flags, (*FASHION, *FASHION_HELD, "--base-lr", lr))
+        for name, flags in (("pretrained", FASHION), ("from scratch", None))
+        for lr in ("1e-2", "2e-2", "4e-2")
+    },
+    "fashion": {
+        f"{n} labels: {name}": (flags, (*FASHION, "--labels", n, "--max-steps", steps + more))
+        for n, steps in BUDGETS.items()
+        for name, flags, more in (
+            ("pretrained", FASHION, 0),
+            ("from scratch, same finetuning", None, 0),
+            ("from scratch, the time of both stages", None, FASHION_TOTAL),
+        )
+    },
+    "frozen": {
+        f"{kind}: {name}": (flags, features)
+        for kind in ("nearest neighbours", "linear classifier")
+        for name, flags, features in (
+            ("pretrained", (), FEATURES),
+            ("random", None, FEATURES),
+            ("pixels", None, PIXELS),
+        )
     },
     "unit": {
         "clusters of 2x2 patches, pixels normalised": ((), ()),
@@ -51,12 +77,24 @@ STUDIES = {
         "decoder of one block": (("--decoder-depth", 1), ()),
         "decoder half as wide": (("--decoder-dim", 32), ()),
     },
-    "order": {order: (("--order", order), ()) for order in ORDERS},
+    "order": {order: ((() if order == "row" else ("--order", order)), ()) for order in ORDERS},
     "directions": {
-        "pretrained, four directions": ((), ()),
+        "pretrained, four directions, copied": ((), ()),
+        "pretrained, four directions, three of them fresh": ((), ("--fresh-directions",)),
         "pretrained, one direction": ((), ("--directions", 1)),
         "from scratch, four directions": (None, ()),
         "from scratch, one direction": (None, ("--directions", 1)),
+    },
+    "size": {
+        f"{name}: {start}": (None if start == "from scratch" else flags, flags if start == "from scratch" else ())
+        for name, flags in {
+            "width 32": ("--d-model", 32),
+            "width 64": (),
+            "width 128": ("--d-model", 128),
+            "depth 2": ("--depth", 2),
+            "depth 8": ("--depth", 8),
+        }.items()
+        for start in ("pretrained", "from scratch")
     },
 }
 
@@ -70,52 +108,31 @@ def script(name: str, folder: Path, *flags) -> dict:
 
 
 def slug(*words) -> str:
-    return "-".join(str(word).strip("-").replace(" ", "-").replace(",", "") for word in words)
+    return "-".join(str(word).strip("-").replace(" ", "-").replace(",", "").replace(":", "") for word in words)
 
 
-def run(study: str, row: str, seed: int) -> dict:
+def run(study: str, row: str, seed: int, *data) -> dict:
     """One run of a study; returns its results."""
-    if STUDIES[study][row] is PIXELS:
-        return pixels(row, seed)
     pretraining, finetuning = STUDIES[study][row]
-    flags = ["--no-compare", "--seed", seed]
+    flags = ["--no-compare", "--seed", seed, *data]
     if pretraining is None:
         flags += ["--from-scratch"]
     else:
         folder = RUNS / slug("pretrain", *pretraining, seed)
-        script("train.py", folder, *pretraining, "--seed", seed)
+        script("train.py", folder, *pretraining, "--seed", seed, *data)
         flags += ["--checkpoint", folder / "last.pt"]
     return script("finetune.py", RUNS / slug(study, row, seed), *flags, *finetuning)
-
-
-def pixels(row: str, seed: int) -> dict:
-    """Raw pixels: five placements of each labelled image; test images as finetune.py has them, C on held-out ones."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.neighbors import KNeighborsClassifier
-
-    args, _ = finetune.finetuning_arguments(["--from-scratch", "--seed", str(seed)])
-    images, test = train.load_images(args, train=True), train.load_images(args, train=False)
-    chosen, held = finetune.pick(images.targets, args.labels, seed, holdout=300)
-    steps = train.random_crop(args) + train.to_tensor("L")
-
-    def arrays(data, draws):
-        pairs = [data[draw] for draw in draws]
-        return torch.stack([image.flatten() for image, _ in pairs]).numpy(), [label for _, label in pairs]
-
-    placed = train.Seeded(images, steps, seed, chosen)
-    fitted = arrays(placed, [(epoch, i) for epoch in range(5) for i in range(len(chosen))])
-    models = [KNeighborsClassifier(1)]
-    if "regression" in row:
-        models = [LogisticRegression(C=C, max_iter=3000) for C in (0.001, 0.01, 0.1, 1.0)]
-    tuning = arrays(train.Seeded(images, steps, 0, held), range(300))
-    best = max(models, key=lambda model: model.fit(*fitted).score(*tuning))
-    top1 = 100 * best.score(*arrays(train.Seeded(test, steps, 0), range(len(test))))
-    return dict(top1=top1, images=len(test), args=vars(args)) | train.circumstances("cpu")
 
 
 def read(study: str) -> list[dict]:
     path = RESULTS / f"{study}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def score(line: dict) -> float:
+    """Top-1 in percent, of a classifier or of what a probe has put in its place."""
+    results = line["results"]
+    return results["top1"] if "top1" in results else results["knn" if "neighbours" in line["row"] else "linear"]
 
 
 def interval(values: list[float]) -> str:
@@ -129,30 +146,41 @@ def interval(values: list[float]) -> str:
 
 
 def table(study: str) -> str:
-    """Markdown: top-1, and by how much the first row is ahead, paired by seed."""
+    """Markdown: top-1, and by how much the row that it is compared with is ahead, paired by seed."""
     scores: dict[str, dict[int, float]] = {}
     for line in read(study):
-        scores.setdefault(line["row"], {})[line["seed"]] = line["results"]["top1"]
-    first = next(row for row in STUDIES[study] if row in scores)
-    rows = [f"| {study} | top-1 (%) | first row is ahead by | seeds |", "|---|---|---|---|"]
+        scores.setdefault(line["row"], {})[line["seed"]] = score(line)
+    rows, first = [f"| {study} | top-1 (%) | first row is ahead by | seeds |", "|---|---|---|---|"], {}
     for row in filter(scores.get, STUDIES[study]):
-        pairs = [scores[first][seed] - top1 for seed, top1 in scores[row].items() if seed in scores[first]]
-        ahead = interval(pairs) if pairs and row != first else ""
+        group = row.partition(":")[0] if ":" in row else ""
+        reference = scores[first.setdefault(group, row)]
+        pairs = [reference[seed] - top1 for seed, top1 in scores[row].items() if seed in reference]
+        ahead = interval(pairs) if pairs and row != first[group] else ""
         rows.append(f"| {row} | {interval(list(scores[row].values()))} | {ahead} | {len(scores[row])} |")
     return "\n".join(rows)
+
+
+def sampling_error(study: str) -> str:
+    """What the choice of test images alone leaves open, in the row where it is largest."""
+    shares = [(score(line) / 100, line["results"]["images"]) for line in read(study)]
+    half, n = max((1.96 * 100 * math.sqrt(p * (1 - p) / n), n) for p, n in shares)
+    return f"Other test images in the place of these {n} would move a number by up to ± {half:.1f} points (95 %)."
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("study", choices=tuple(STUDIES))
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
+    parser.add_argument("--data", help="folder of the dataset, for the scripts")
     parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
+    data = ("--data", Path(options.data).absolute()) if options.data else ()
     for row in [] if options.table else STUDIES[options.study]:
         for seed in options.seeds:
             if not any((line["row"], line["seed"]) == (row, seed) for line in read(options.study)):
-                line = dict(study=options.study, row=row, seed=seed, results=run(options.study, row, seed))
+                results = run(options.study, row, seed, *data)
                 with open(RESULTS / f"{options.study}.jsonl", "a") as file:
+                    line = dict(study=options.study, row=row, seed=seed, results=results)
                     file.write(json.dumps(line, default=str) + "\n")
-    print(table(options.study))
+    print(f"{table(options.study)}\n\n{sampling_error(options.study)}")

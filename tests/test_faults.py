@@ -1,8 +1,10 @@
 """What can go wrong in a long run, done on purpose: what the user is told, and that nothing is lost."""
 
+import functools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -270,3 +272,32 @@ def test_killed_thirty_times_it_ends_the_same(capsys):
         assert same(load("parts/last.pt")[key], load("whole/last.pt")[key]), key
     whole, parts = (json.loads(Path(x, "results.json").read_text()) for x in ("whole", "parts"))
     assert whole["top1"] == parts["top1"] and whole["ema"] == parts["ema"]
+
+
+@pytest.mark.slow
+@posix
+def test_the_readmes_batch_job_stops_in_time_and_goes_on(tmp_path):
+    job = re.search(r"```bash scheduler\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    job = job.replace("--nproc-per-node 8", "--nproc-per-node 2").replace("train.py", str(ROOT / "train.py"))
+    tiny = " ".join([*TINY, "--batch-size", "4", "--max-steps", "60"])
+    assert "--preset imagenet-base --data IMAGENET" in job
+    Path("job.sh").write_text(job.replace("--preset imagenet-base --data IMAGENET", tiny))
+    stand_ins = dict(srun='exec "$@"', scontrol="[ $1 = requeue ] && echo $2 >> requeued || echo localhost")
+    for name, body in stand_ins.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    slurm = dict(SLURM_NNODES="1", SLURM_JOB_ID="77", SLURM_JOB_NODELIST="localhost", OMP_NUM_THREADS="1", PATH=path)
+    start = functools.partial(subprocess.Popen, ["bash", "job.sh"], env=os.environ | slurm, stderr=subprocess.DEVNULL)
+    first = start()
+    while not (Path("runs/base/log.jsonl").exists() and len(log("runs/base")) > 3):
+        assert first.poll() is None
+        time.sleep(0.1)
+    first.send_signal(signal.SIGUSR1)  # as Slurm does, to the batch shell alone
+    first.wait(60)
+    assert Path("requeued").read_text() == "77\n" and 3 < load("runs/base/last.pt")["step"] < 60
+    assert start().wait(120) == 0
+    assert load("runs/base/last.pt")["step"] == 60 and Path("requeued").read_text() == "77\n"
+    assert [row[0] for row in log("runs/base")] == list(range(1, 61))

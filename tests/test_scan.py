@@ -280,8 +280,9 @@ def test_memory(layout, forward, both):
 
 @pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_registered_operators(dtype, kernel, pretend_kernel):
-    x = list(make(l=7, g=2, dtype=dtype, layout="contiguous" if kernel else "view", leave_out=("z",)).values())
+@pytest.mark.parametrize("g", [1, 2])
+def test_registered_operators(g, dtype, kernel, pretend_kernel):
+    x = list(make(l=7, g=g, dtype=dtype, layout="contiguous" if kernel else "view", leave_out=("z",)).values())
     y, _, saved = armamba._scan(*x, True, kernel, True)
     torch.library.opcheck(armamba._scan_backward, (torch.ones_like(y), saved, *x, True, kernel))
     x = [v.requires_grad_() for v in x]
@@ -289,8 +290,9 @@ def test_registered_operators(dtype, kernel, pretend_kernel):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
-def test_compile():
-    x, ours = make(l=37, g=2), functools.partial(scan, backend="torch")
+@pytest.mark.parametrize("g", [None, 2])
+def test_compile(g):
+    x, ours = make(l=37, g=g), functools.partial(scan, backend="torch")
     check(run(torch.compile(ours, fullgraph=True), x), run(ours, x), bound=1e-6)
 
 

@@ -526,6 +526,18 @@ def test_flags_that_cannot_be_obeyed_are_errors():
             pretrain(*flags)
 
 
+def test_fresh_directions_are_three_of_four():
+    pretrain("--output-dir", "run")
+    args, checkpoint = finetune.finetuning_arguments(["--checkpoint", "run/last.pt", "--fresh-directions"])
+    model = finetune.build_model(args, checkpoint, "L", [str(i) for i in range(10)])
+    state = load("run/last.pt")["model"]
+    for name in ("x_proj.weight", "dt_proj.bias", "conv1d.weight"):
+        first, *others = model.state_dict()[f"layers.1.mixer.{name}"].chunk(4)
+        assert torch.equal(first, state[f"encoder.layers.1.mixer.{name}"])
+        assert not any(torch.equal(first, other) for other in others)
+    assert torch.equal(model.layers[1].mixer.in_proj.weight, state["encoder.layers.1.mixer.in_proj.weight"])
+
+
 def test_pretrained_weights_arrive():
     pretrain("--output-dir", "run")
     args, checkpoint = finetune.finetuning_arguments(["--checkpoint", "run/last.pt"])
@@ -642,9 +654,10 @@ def test_our_own_checkpoints_know_their_classes(tmp_path):
 
 def test_probes_of_frozen_features(tmp_path):
     pretrain("--output-dir", "run")
-    results = classify("--probe", "--checkpoint", "run/last.pt", "--labels", 50)
+    probe = ["--probe", "features", "--checkpoint", "run/last.pt", "--labels", 50]
+    results = classify(*probe)
     assert {"knn", "linear"} <= results.keys() and (results["images"], results["labels"]) == (355, 50)
-    before, again = load("run/last.pt"), classify("--probe", "--checkpoint", "run/last.pt", "--labels", 50)
+    before, again = load("run/last.pt"), classify(*probe)
     assert (again["knn"], again["linear"]) == (results["knn"], results["linear"]) and same(before, load("run/last.pt"))
     args, _ = finetune.finetuning_arguments(["--from-scratch", "--num-workers", "0"])
     data = train.load_images(args, train=True)
@@ -660,6 +673,8 @@ def test_probes_of_frozen_features(tmp_path):
 
     args.batch_size = 10
     pixels = finetune.probe(features, *parts, args, torch.device("cpu"))
+    by_script = classify("--probe", "pixels", "--from-scratch", "--labels", 50)
+    assert by_script["knn"] != results["knn"] and by_script["images"] == 355
     assert sum(seen) == 5 * 40 + 20 + 30 and pixels["images"] == 30
     assert 10 < pixels["linear"] <= 100
 
@@ -762,17 +777,19 @@ def test_study_table(study):
     assert lines[3] == "| from scratch, same finetuning | 72.0 ± 19.3 | 3.0 ± 4.1 | 4 |"
 
 
-def test_study_pixels_see_five_placements_of_each_label(study, monkeypatch):
-    from sklearn.neighbors import KNeighborsClassifier
-
-    fitted = []
-    monkeypatch.setattr(KNeighborsClassifier, "fit", lambda self, x, y: fitted.append((x, y)) or self)
-    monkeypatch.setattr(KNeighborsClassifier, "score", lambda self, x, y: len(x))
-    results = study.run("default", "1-nearest neighbour on pixels", 0)
-    labels = results["args"]["labels"]
-    (x, y), *_ = fitted
-    assert len(x) == 5 * labels and len({row.tobytes() for row in x}) == len(x) and results["images"] == 355
-    assert all(y.count(digit) == 5 * labels // 10 for digit in range(10))
+def test_study_groups_probes_and_sampling(study):
+    """Rows before a colon are compared among themselves; a probe has two scores, told apart by the row's name."""
+    tops = {"nearest neighbours: pretrained": (40, 50), "nearest neighbours: random": (30, 44)}
+    tops |= {"linear classifier: pretrained": (60, 70), "linear classifier: pixels": (61, 71)}
+    with open(study.RESULTS / "frozen.jsonl", "w") as file:
+        for row, values in tops.items():
+            for seed, value in enumerate(values):
+                other = dict(knn=0.0, linear=0.0) | {"knn" if "neigh" in row else "linear": value}
+                file.write(json.dumps(dict(row=row, seed=seed, results=other | dict(images=100))) + "\n")
+    lines = study.table("frozen").splitlines()[2:]
+    assert lines[0].startswith("| nearest neighbours: pretrained | 45.0 ±") and lines[0].endswith("|  | 2 |")
+    assert "| 8.0 ± 25.4 | 2 |" in lines[1] and lines[2].endswith("|  | 2 |") and "| -1.0 ± 0.0 |" in lines[3]
+    assert "these 100 would move a number by up to ± 9.8 points" in study.sampling_error("frozen")  # at 50 %
 
 
 @pytest.mark.slow
