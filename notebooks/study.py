@@ -145,19 +145,24 @@ def interval(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {half:.1f}"
 
 
+def reference(rows, row: str) -> str:
+    """The row that a row is compared with: the first, or the first that shares what stands before the colon."""
+    return next(other for other in rows if other.partition(":")[0] == row.partition(":")[0] or ":" not in row)
+
+
 def table(study: str) -> str:
     """Markdown: top-1, and by how much the row that it is compared with is ahead, paired by seed."""
     scores: dict[str, dict[int, float]] = {}
     for line in read(study):
         scores.setdefault(line["row"], {})[line["seed"]] = score(line)
-    rows, first = [f"| {study} | top-1 (%) | first row is ahead by | seeds |", "|---|---|---|---|"], {}
-    for row in filter(scores.get, STUDIES[study]):
-        group = row.partition(":")[0] if ":" in row else ""
-        reference = scores[first.setdefault(group, row)]
-        pairs = [reference[seed] - top1 for seed, top1 in scores[row].items() if seed in reference]
-        ahead = interval(pairs) if pairs and row != first[group] else ""
-        rows.append(f"| {row} | {interval(list(scores[row].values()))} | {ahead} | {len(scores[row])} |")
-    return "\n".join(rows)
+    lines = [f"| {study} | top-1 (%) | first row is ahead by | seeds |", "|---|---|---|---|"]
+    rows = [row for row in STUDIES[study] if row in scores]
+    for row in rows:
+        first = scores[reference(rows, row)]
+        pairs = [first[seed] - top1 for seed, top1 in scores[row].items() if seed in first]
+        ahead = interval(pairs) if pairs and first is not scores[row] else ""
+        lines.append(f"| {row} | {interval(list(scores[row].values()))} | {ahead} | {len(scores[row])} |")
+    return "\n".join(lines)
 
 
 def sampling_error(study: str) -> str:
