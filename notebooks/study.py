@@ -108,11 +108,11 @@ def script(name: str, folder: Path, *flags) -> dict:
 
 
 def slug(*words) -> str:
-    return "-".join(str(word).strip("-").replace(" ", "-").replace(",", "").replace(":", "") for word in words)
+    return "-".join(str(word).strip("-") for word in words)
 
 
 def run(study: str, row: str, seed: int, *data) -> dict:
-    """One run of a study; returns its results."""
+    """One run of a study; returns its results. Rows with the same flags, of any study, share their runs."""
     pretraining, finetuning = STUDIES[study][row]
     flags = ["--no-compare", "--seed", seed, *data]
     if pretraining is None:
@@ -121,7 +121,8 @@ def run(study: str, row: str, seed: int, *data) -> dict:
         folder = RUNS / slug("pretrain", *pretraining, seed)
         script("train.py", folder, *pretraining, "--seed", seed, *data)
         flags += ["--checkpoint", folder / "last.pt"]
-    return script("finetune.py", RUNS / slug(study, row, seed), *flags, *finetuning)
+    start = ("scratch",) if pretraining is None else ("pretrained", *pretraining)
+    return script("finetune.py", RUNS / slug("finetune", *start, *finetuning, seed), *flags, *finetuning)
 
 
 def read(study: str) -> list[dict]:
