@@ -69,6 +69,11 @@ class ARMConfig:
     order_seed: int = 0
     norm_pix: bool = True  # predict each patch minus its mean and over its standard deviation [MAE 3]
 
+    grid = property(lambda self: tuple(side // self.patch_size for side in self.image_size))  # rows, columns of patches
+    n_clusters = property(lambda self: math.prod(side // self.cluster_size for side in self.grid))
+    dt_rank = property(lambda self: math.ceil(self.d_model / 16))
+    decoder_heads = property(lambda self: max(1, self.decoder_dim // 64))
+
     def __post_init__(self):
         size = self.image_size if isinstance(self.image_size, tuple | list) else (self.image_size,) * 2
         _require(len(size) == 2, f"image_size {size} must be one number or (height, width)")
@@ -76,8 +81,7 @@ class ARMConfig:
         for name, value in {"image_size": size[0], "image_size (width)": size[1], **numbers}.items():
             _require(type(value) is int and value > 0, f"{name} {value!r} must be a positive integer")
         p, depth, blocks, heads = self.patch_size, self.depth, self.decoder_depth, self.decoder_heads
-        fits = size[0] % p == 0 and size[1] % p == 0
-        _require(fits, f"image_size {size} is not divisible by patch_size {p}: change one of them")
+        _require(size[0] % p == size[1] % p == 0, f"image_size {size} is not divisible by patch_size {p}: change one")
         for name in ("d_model", "decoder_dim"):
             _require(numbers[name] % 4 == 0, f"{name} {numbers[name]} must be divisible by 4, for its positions")
         _require(self.decoder_dim % heads == 0, f"decoder_dim {self.decoder_dim} is not divisible by its {heads} heads")
@@ -88,23 +92,6 @@ class ARMConfig:
         increasing = len(taps) == blocks and list(taps) == sorted(set(taps)) and taps[0] >= 1 and taps[-1] == depth
         _require(increasing, f"taps {taps} must be {blocks} (decoder_depth) blocks rising from 1 to {depth}, or None")
         vars(self).update(image_size=tuple(size), taps=tuple(taps))  # past the guard of a frozen dataclass
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
-
-    @property
-    def n_clusters(self) -> int:
-        return math.prod(side // self.cluster_size for side in self.grid)
-
-    @property
-    def dt_rank(self) -> int:
-        return math.ceil(self.d_model / 16)
-
-    @property
-    def decoder_heads(self) -> int:
-        return max(1, self.decoder_dim // 64)
 
 
 VARIANTS = {
@@ -123,7 +110,7 @@ VARIANTS = {
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cut images (b, c, height, width) into patches (b, l, p*p*c), both in raster order; pixels as (row, column, c)."""
     (b, c, height, width), p = images.shape, patch_size
-    _require(height % p == 0 and width % p == 0, f"image size {(height, width)} is not divisible by patch_size {p}")
+    _require(height % p == width % p == 0, f"image size {(height, width)} is not divisible by patch_size {p}")
     x = images.reshape(b, c, height // p, p, width // p, p)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, p * p * c)
 
@@ -131,7 +118,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 def unpatchify(patches: Tensor, patch_size: int, image_size: tuple[int, int]) -> Tensor:
     """Inverse of `patchify`: (b, l, p*p*c) -> (b, c, height, width)."""
     (b, l, pixels), p, (height, width) = patches.shape, patch_size, image_size
-    fits = height % p == 0 and width % p == 0 and l * p * p == height * width and pixels % p**2 == 0
+    fits = height % p == width % p == 0 and l * p * p == height * width and pixels % p**2 == 0
     _require(fits, f"{l} patches of {pixels} values do not make {height}x{width} pixels with patch_size {p}")
     x = patches.reshape(b, height // p, width // p, p, p, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, height, width)
@@ -157,10 +144,10 @@ def to_clusters(x: Tensor, grid: tuple[int, int], cluster_size: int, order: Tens
     clusters to take, in turn, by raster number, or None for raster order.
     """
     (b, l, d), (rows, columns), s = x.shape, grid, cluster_size
-    fits = rows % s == 0 and columns % s == 0
+    fits = rows % s == columns % s == 0
     _require(fits, f"{rows}x{columns} patches do not divide into clusters of {s}x{s}: change one of the sizes")
     _require(l == rows * columns, f"{l} tokens do not fill the grid of {rows}x{columns} patches")
-    x = x.reshape(b, rows // s, s, columns // s, s, d).transpose(2, 3)
+    x = x.reshape(b, rows // s, s, columns // s, s, d).transpose(2, 3)  # (b, rows / s, columns / s, s, s, d)
     x = x.flatten(3, 4).flatten(1, 2)  # (b, n_clusters, s*s, d)
     return (x if order is None else x[:, order]).flatten(1, 2)
 
@@ -410,13 +397,12 @@ def scan_backend(device_type: str) -> tuple[str, str]:
 def selective_scan(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, backend="auto"
 ):
-    """The selective scan: the formula of `selective_scan_ref`, fast. Stands in for mamba-ssm's `selective_scan_fn`.
+    """The formula of `selective_scan_ref` [Mamba 3.2], fast. Stands in for mamba-ssm's `selective_scan_fn`.
 
     Args:
         u, delta: input and step sizes, (b, d, l). Transposed views of (b, l, d) tensors cost nothing extra on a CPU.
         A: (d, n), negative: decay rates per unit of delta.
-        B, C: (b, n, l), or grouped (b, g, n, l) with d % g == 0, where channel i reads group i // (d / g): how the
-            state is written and read.
+        B, C: how the state is written and read, (b, n, l), or (b, g, n, l) if channel i reads group i // (d / g).
         D, delta_bias: (d,) or None. z: gate (b, d, l) or None. delta_softplus: see the formula.
         return_last_state: also return h_l, (b, d, n); no gradient passes through it, as in the kernel.
         backend: "ref" the loop, "torch" the fast scan, "kernel" mamba-ssm's, "auto" the fastest that can do this call:
@@ -425,7 +411,6 @@ def selective_scan(
 
     Returns: y (b, d, l) in u's dtype, or (y, h_l).
     Raises: ValueError on shapes, types or devices that do not fit; RuntimeError if backend="kernel" cannot be had.
-    Source: [Mamba 3.2, algorithm 2].
     """
     _require(backend in ("auto", "ref", "torch", "kernel"), f"backend {backend!r} is none of auto, ref, torch, kernel")
     if backend == "ref":
@@ -438,7 +423,7 @@ def selective_scan(
         raise RuntimeError(f"backend='kernel' cannot be used: {why}. backend='auto' takes what there is")
 
     D, bias = (A.new_zeros(len(A)) if x is None else x for x in (D, delta_bias))
-    A, D, bias = (x.to(dtype).contiguous() for x in (A, D, bias))
+    A, D, bias = (x.to(dtype).contiguous() for x in (A, D, bias))  # the operators take the state's dtype from A
     y_dtype, kernel = u.dtype, name == "kernel"
     if kernel:
         widest = functools.reduce(torch.promote_types, (x.dtype for x in (u, delta, B, C)))
@@ -605,7 +590,7 @@ class Block(nn.Module):
 # --- The encoder of both stages ---------------------------------------------------------------------------------------
 
 # the parameters of which every scan direction has its own, one after the other along the first axis
-DIRECTIONAL = re.compile(r"mixer\.(conv1d\.weight|conv1d\.bias|x_proj\.weight|dt_proj\.weight|dt_proj\.bias|A_log|D)$")
+DIRECTIONAL = re.compile(r"mixer\.(conv1d|x_proj|dt_proj|A(?=_log)|D)")
 
 
 class VisionMamba(nn.Module):
@@ -616,8 +601,7 @@ class VisionMamba(nn.Module):
 
     Args:
         config: the shapes; its decoder and clusters are not used here, so any grid of patches will do.
-        num_classes: outputs of the head, or None.
-        directions: 1 or 4 scans per block.
+        num_classes: outputs of the head, or None. directions: 1 or 4 scans per block.
         pool: "mean", of the mean before and the mean after the class token, or "cls", the class token.
         drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
     """
@@ -700,10 +684,7 @@ class VisionMamba(nn.Module):
         return model._load_resized(arm.encoder)
 
     def resized(self, image_size: int | tuple[int, int], drop_path: float | None = None) -> "VisionMamba":
-        """The same model for another image size, its positions interpolated (the class token's row is kept).
-
-        drop_path: a new rate, or None to keep the model's.
-        """
+        """The same model for another image size, its positions interpolated; drop_path: a new rate, or None."""
         config = replace(self.config, image_size=image_size)
         drop_path = self.layers[-1].drop_path if drop_path is None else drop_path
         model = VisionMamba(config, self.num_classes, self.directions, self.pool, drop_path)
@@ -800,18 +781,16 @@ class ARM(nn.Module):
     def predict(self, images: Tensor) -> Tensor:
         """(b, c, height, width) -> (b, l, p*p*c): clusters 2, 3, ... in prediction order, each from those before.
 
-        l = (n_clusters - 1) * cluster_size^2; pixels in (row, column, channel) order; with norm_pix they are in units
-        of the patch's own standard deviation, from its own mean.
+        l = (n_clusters - 1) * cluster_size^2; pixels in (row, column, channel) order, normalised as in `target`.
         """
-        context = self.context(images)
         queries = self.arrange(self.ar_token + self.dec_pos_embed)[:, -len(self.mask) :]  # (1, l, dec)
         x = queries.expand(len(images), -1, -1)
-        for i, block in enumerate(self.decoder):
-            x = block(x, context[..., i], self.mask)
+        for block, context in zip(self.decoder, self.context(images).unbind(-1)):  # (b, l, dec) each
+            x = block(x, context, self.mask)
         return self.ar_pred(self.ar_norm(x))
 
     def target(self, images: Tensor) -> Tensor:
-        """What `predict` should return, (b, l, p*p*c): the images' patches, each normalised by itself if norm_pix."""
+        """What `predict` should return, (b, l, p*p*c): patches, with norm_pix minus their mean, over their std."""
         x = self.arrange(patchify(images, self.config.patch_size))[:, -len(self.mask) :]
         if self.config.norm_pix:
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()  # unbiased variance
@@ -843,11 +822,10 @@ _RENAMES = {  # names here -> names in the released files, applied one after the
 
 def official_names(name: str, directions: int) -> list[str]:
     """The names of a parameter of ours in the released files: one, or one per direction if each has its own."""
-    suffixes = ("", "_b", "_c", "_c_b")  # rows, rows reversed, columns, columns reversed
-    suffixes = suffixes[:directions] if DIRECTIONAL.search(name) else [""]
+    suffixes = ["", "_b", "_c", "_c_b"][: directions if DIRECTIONAL.search(name) else 1]  # in to_directions' order
     for pattern, new in _RENAMES.items():
         name = re.sub(pattern, new, name)
-    return [re.sub(r"mixer\.(A(?=_log)|[^.]+)", rf"\g<0>{suffix}", name) for suffix in suffixes]
+    return [DIRECTIONAL.sub(rf"\g<0>{suffix}", name) for suffix in suffixes]
 
 
 def to_official(model: "ARM | VisionMamba") -> dict[str, Tensor]:
@@ -856,12 +834,11 @@ def to_official(model: "ARM | VisionMamba") -> dict[str, Tensor]:
     encoder = model.encoder if arm else model
     told = not arm or config.order == "row" and config.taps == replace(config, taps=None).taps
     _require(told, f"order {config.order!r}, taps {config.taps}: released files know 'row' and default taps only")
-    g, classes = encoder.directions, encoder.num_classes
-    fits = arm or g == 4 and classes is not None
-    _require(fits, f"{g} directions, {classes} classes: released files have 4 and a head")
+    fits = arm or encoder.directions == 4 and encoder.num_classes is not None
+    _require(fits, f"{encoder.directions} directions, {encoder.num_classes} classes: released files have 4 and a head")
     state = {}
     for name, value in model.state_dict().items():
-        names = official_names(name, g)
+        names = official_names(name, encoder.directions)
         state |= {official: piece.clone() for official, piece in zip(names, value.chunk(len(names)))}
     if arm:
         state["mask"] = torch.zeros(model.mask.shape).masked_fill(~model.mask.cpu(), -math.inf)
@@ -876,10 +853,9 @@ def load_official(checkpoint, *, pool="mean", image_size=None, grid=None, weight
 
     Args:
         checkpoint: a path, a checkpoint {"model": ..., maybe "model_ema": ...}, or a bare state dict.
-        pool: of a classifier; the weights do not tell.
+        pool: of a classifier; the weights do not tell. weights: "model" or "model_ema".
         image_size: the size to build for, if not the checkpoint's; positions are interpolated (an ARM's, made anew).
         grid: rows and columns of the checkpoint's patches, if they are not a square.
-        weights: "model" or "model_ema".
 
     Raises: ValueError that lists missing, unexpected and misshapen keys, or names what else is wrong.
     """
@@ -895,10 +871,10 @@ def load_official(checkpoint, *, pool="mean", image_size=None, grid=None, weight
         checkpoint = checkpoint[weights]
     state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in checkpoint.items()}
     arm = "ar_token" in state and "head.weight" not in state
-    read = {"patch_embed.proj.weight": 4, "pos_embed": 3, "layers.0.mixer.A_log": 2, "layers.0.mixer.conv1d.weight": 3}
-    read |= {"mask": 2, "ar_token": 3} if arm else {"head.weight": 2}  # what the shapes below are read off
     if not arm:  # a classifier's file may carry the decoder along
         state = {k: v for k, v in state.items() if not re.match(r"mask$|dec_|ar_|enc2dec|norm_\d", k)}
+    read = {"patch_embed.proj.weight": 4, "pos_embed": 3, "layers.0.mixer.A_log": 2, "layers.0.mixer.conv1d.weight": 3}
+    read |= {"mask": 2, "ar_token": 3} if arm else {"head.weight": 2}  # what the shapes below are read off
     problems = [f"missing {key}" for key in read if key not in state]
     problems += [f"{k} has shape {tuple(state[k].shape)}" for k, n in read.items() if k in state and state[k].ndim != n]
     _require(not problems, "not a released checkpoint: " + "; ".join(problems))
@@ -909,11 +885,10 @@ def load_official(checkpoint, *, pool="mean", image_size=None, grid=None, weight
     depth, decoder_depth = (len({k.split(".")[1] for k in state if k.startswith(x)}) for x in ("layers.", "dec_block."))
     sizes = dict(image_size=(rows * p, columns * p), channels=channels, patch_size=p, d_model=d, depth=depth)
     sizes |= dict(d_state=state["layers.0.mixer.A_log"].shape[1], d_conv=state["layers.0.mixer.conv1d.weight"].shape[2])
-    sizes |= dict(decoder_depth=decoder_depth or 1)  # a classifier has no use for it
     if arm:
         cluster_size = math.isqrt(int((state["mask"][0] == 0).sum()))  # the first query sees one cluster
         sizes |= dict(cluster_size=cluster_size, decoder_dim=state["ar_token"].shape[2])
-    config = ARMConfig(**sizes)
+    config = ARMConfig(**sizes, decoder_depth=decoder_depth or 1)  # which a classifier has no use for
     model = ARM(config) if arm else VisionMamba(config, len(state["head.weight"]), directions=4, pool=pool)
 
     expected = to_official(model)
