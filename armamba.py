@@ -127,14 +127,11 @@ def unpatchify(patches: Tensor, patch_size: int, image_size: tuple[int, int]) ->
 def cluster_order(config: ARMConfig) -> Tensor | None:
     """The clusters' raster numbers in the order in which they are read; None for raster order itself."""
     rows, columns = (side // config.cluster_size for side in config.grid)
-    raster = torch.arange(rows * columns)
-    if config.order == "row-reversed":
-        return raster.flip(0)
-    if config.order == "column":
-        return raster.view(rows, columns).t().flatten()
     if config.order == "random":
         return torch.randperm(rows * columns, generator=torch.Generator().manual_seed(config.order_seed))
-    return None
+    raster = torch.arange(rows * columns)
+    orders = {"row": None, "row-reversed": raster.flip(0), "column": raster.view(rows, columns).t().flatten()}
+    return orders[config.order]
 
 
 def to_clusters(x: Tensor, grid: tuple[int, int], cluster_size: int, order: Tensor | None = None) -> Tensor:
@@ -589,8 +586,7 @@ class Block(nn.Module):
 
 # --- The encoder of both stages ---------------------------------------------------------------------------------------
 
-# the parameters of which every scan direction has its own, one after the other along the first axis
-DIRECTIONAL = re.compile(r"mixer\.(conv1d|x_proj|dt_proj|A(?=_log)|D)")
+DIRECTIONAL = re.compile(r"mixer\.(conv1d|x_proj|dt_proj|A(?=_log)|D)")  # parameters that belong to a direction each
 
 
 class VisionMamba(nn.Module):
@@ -760,8 +756,8 @@ class ARM(nn.Module):
         self.ar_norm = nn.LayerNorm(dec)
         self.ar_pred = linear(dec, values)
         self.register_buffer("order", cluster_order(config), persistent=False)
-        cluster = torch.arange(config.n_clusters - 1).repeat_interleave(s * s)  # the cluster of each encoder token
-        # query i asks for a patch of the cluster that follows cluster[i]
+        # the cluster of each encoder token; query i asks for a patch of the cluster that follows cluster[i]
+        cluster = torch.arange(config.n_clusters - 1).repeat_interleave(s * s)
         self.register_buffer("mask", cluster[:, None] >= cluster[None, :], persistent=False)  # (l, l)
 
     def arrange(self, x: Tensor) -> Tensor:
