@@ -347,7 +347,8 @@ def _(u, delta, A, B, C, D, bias, softplus, kernel, save):
     if kernel:
         return torch.empty_like(u), A.new_empty(b, d, n), A.new_empty(b, d, -(-l // 2048), 2 * n)
     chunks = -(-l // _chunk_length(u, n)) if save else 0
-    return u.new_empty(b, l, d).mT, A.new_empty(b, d, n), A.new_empty(chunks, b, g, n, d // g)
+    h, entries = A.new_empty(b, g, n, d // g), A.new_empty(chunks, b, g, n, d // g)
+    return u.new_empty(b, l, d).mT, h.mT.reshape(b, d, n), entries
 
 
 @_scan_backward.register_fake
@@ -355,7 +356,8 @@ def _(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
     if kernel:
         return [torch.empty_like(x) for x in (u, delta, A, B, C, D, bias)]
     du, ddelta, dB, dC = (x.new_empty(x.movedim(-1, 1).shape).movedim(1, -1) for x in (u, delta, B, C))
-    return [du, ddelta, torch.empty_like(A), dB, dC, torch.empty_like(D), torch.empty_like(bias)]
+    dA = A.new_empty(B.shape[1], A.shape[1], len(A) // B.shape[1]).mT.reshape(A.shape)
+    return [du, ddelta, dA, dB, dC, torch.empty_like(D), torch.empty_like(bias)]
 
 
 def _scan_setup(ctx, inputs, output):
