@@ -289,7 +289,7 @@ def _scan(u, delta, A, B, C, D, bias, softplus, kernel, save):
             for h_t, x_t, B_t in zip(h_i.unbind(), (delta_i * u_i).unbind(), B_i.mT.unbind()):
                 h = h_t.mul_(h).addcmul_(x_t, B_t)
             y_i.copy_((C_i @ h_i).addcmul_(D, u_i))
-    return y, h.mT.reshape(b, d, n), entries
+    return y, h.clone().mT.reshape(b, d, n), entries  # a clone, so that the buffer can go
 
 
 @custom_op("armamba::fast_scan_backward", mutates_args=(), schema=f"(Tensor grad, Tensor saved, {_ARGS}) -> Tensor[]")
