@@ -17,23 +17,22 @@ Letters in shape comments; sizes are lower case, the matrices of the state space
     A B C D   the state space model's matrices; `A_log` stores log(-A)
     u h y z   input, state, output and gate of the scan; `delta` its step size (dt_ in inherited names)
 
-Read from top to bottom: configuration; patches, clusters, positions; the selective scan (a loop to read, a fast
-one, a kernel, one entry point); mixer and block; VisionMamba, the one encoder of both stages; ARM, the objective;
-released checkpoints. Not here: data, optimiser and loops (train.py, finetune.py), text, video, complex states,
-generation with a cached state, a mixer wider than the model (expand = 1).
+Read from top to bottom: every part uses only those above it. Not here: data, optimiser and loops (train.py,
+finetune.py), text, video, complex states, generation with a cached state, a mixer wider than the model (expand = 1).
 """
 
 import argparse
 import functools
+import importlib
 import logging
 import math
 import re
 from dataclasses import dataclass, fields, replace
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.library import custom_op
 from torch.utils.checkpoint import checkpoint
 
 ORDERS = ("row", "row-reversed", "column", "random")
@@ -51,36 +50,29 @@ def _require(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class ARMConfig:
-    """Everything that decides the shape of a model and its objective. The defaults are the paper's base model.
+    """Everything that decides the shape of a model and its objective. The defaults are the paper's base model."""
 
-    Args:
-        image_size: pixels, one number or (height, width); patch_size must divide it.
-        channels: colours of the image.
-        patch_size: pixels per side of a patch, the token of the encoder.
-        cluster_size: patches per side of a cluster, the unit that is predicted [ARM 3.2].
-        d_model, depth: width and number of blocks of the encoder.
-        d_state, d_conv: state size per channel; length of the short causal convolution [Mamba 3.4].
-        decoder_dim, decoder_depth: width and number of blocks of the decoder.
-        taps: the encoder blocks (counted from 1) whose outputs the decoder reads, as many as decoder blocks and the
-            last always `depth`; by default evenly spaced from depth/2 to depth.
-        order: of the clusters: "row" (raster), "row-reversed", "column", or "random", fixed by `order_seed`.
-        norm_pix: predict each patch minus its mean and over its standard deviation [MAE 3].
-    """
-
-    image_size: int | tuple[int, int] = 192
-    channels: int = 3
-    patch_size: int = 16
-    cluster_size: int = 4
-    d_model: int = 768
-    depth: int = 12
-    d_state: int = 16
-    d_conv: int = 4
-    decoder_dim: int = 512
-    decoder_depth: int = 4
+    image_size: int | tuple[int, int] = 192  # pixels, one number or (height, width); patch_size must divide it
+    channels: int = 3  # colours of the image
+    patch_size: int = 16  # pixels per side of a patch, the token of the encoder
+    cluster_size: int = 4  # patches per side of a cluster, the unit that is predicted [ARM 3.2]
+    d_model: int = 768  # width of the encoder
+    depth: int = 12  # number of its blocks
+    d_state: int = 16  # state size per channel
+    d_conv: int = 4  # length of the short causal convolution [Mamba 3.4]
+    decoder_dim: int = 512  # width of the decoder
+    decoder_depth: int = 4  # number of its blocks
+    # the encoder blocks, counted from 1, whose outputs the decoder reads: as many as decoder blocks, the last always
+    # `depth`; None: evenly spaced from depth/2 to depth
     taps: tuple[int, ...] | None = None
-    order: str = "row"
+    order: str = "row"  # of the clusters: "row" (raster), "row-reversed", "column", or "random", fixed by order_seed
     order_seed: int = 0
-    norm_pix: bool = True
+    norm_pix: bool = True  # predict each patch minus its mean and over its standard deviation [MAE 3]
+
+    grid = property(lambda self: tuple(side // self.patch_size for side in self.image_size))  # rows, columns of patches
+    n_clusters = property(lambda self: math.prod(side // self.cluster_size for side in self.grid))
+    dt_rank = property(lambda self: math.ceil(self.d_model / 16))
+    decoder_heads = property(lambda self: max(1, self.decoder_dim // 64))
 
     def __post_init__(self):
         size = self.image_size if isinstance(self.image_size, tuple | list) else (self.image_size,) * 2
@@ -88,12 +80,10 @@ class ARMConfig:
         numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.type is int and f.name != "order_seed"}
         for name, value in {"image_size": size[0], "image_size (width)": size[1], **numbers}.items():
             _require(type(value) is int and value > 0, f"{name} {value!r} must be a positive integer")
-        p, depth, blocks = self.patch_size, self.depth, self.decoder_depth
-        fits = size[0] % p == 0 and size[1] % p == 0
-        _require(fits, f"image_size {size} is not divisible by patch_size {p}: change one of them")
+        p, depth, blocks, heads = self.patch_size, self.depth, self.decoder_depth, self.decoder_heads
+        _require(size[0] % p == size[1] % p == 0, f"image_size {size} is not divisible by patch_size {p}: change one")
         for name in ("d_model", "decoder_dim"):
             _require(numbers[name] % 4 == 0, f"{name} {numbers[name]} must be divisible by 4, for its positions")
-        heads = self.decoder_heads
         _require(self.decoder_dim % heads == 0, f"decoder_dim {self.decoder_dim} is not divisible by its {heads} heads")
         _require(self.order in ORDERS, f"order {self.order!r} is unknown: choose one of {', '.join(ORDERS)}")
         _require(blocks <= depth, f"decoder_depth {blocks} taps as many of only {depth} encoder blocks: lower it")
@@ -101,25 +91,7 @@ class ARMConfig:
         taps = self.taps or [first + i * (depth - first) // gaps for i in range(blocks - 1)] + [depth]
         increasing = len(taps) == blocks and list(taps) == sorted(set(taps)) and taps[0] >= 1 and taps[-1] == depth
         _require(increasing, f"taps {taps} must be {blocks} (decoder_depth) blocks rising from 1 to {depth}, or None")
-        object.__setattr__(self, "image_size", tuple(size))
-        object.__setattr__(self, "taps", tuple(taps))
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
-
-    @property
-    def n_clusters(self) -> int:
-        return math.prod(side // self.cluster_size for side in self.grid)
-
-    @property
-    def dt_rank(self) -> int:
-        return math.ceil(self.d_model / 16)
-
-    @property
-    def decoder_heads(self) -> int:
-        return max(1, self.decoder_dim // 64)
+        vars(self).update(image_size=tuple(size), taps=tuple(taps))  # past the guard of a frozen dataclass
 
 
 VARIANTS = {
@@ -138,7 +110,7 @@ VARIANTS = {
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cut images (b, c, height, width) into patches (b, l, p*p*c), both in raster order; pixels as (row, column, c)."""
     (b, c, height, width), p = images.shape, patch_size
-    _require(height % p == 0 and width % p == 0, f"image size {(height, width)} is not divisible by patch_size {p}")
+    _require(height % p == width % p == 0, f"image size {(height, width)} is not divisible by patch_size {p}")
     x = images.reshape(b, c, height // p, p, width // p, p)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, p * p * c)
 
@@ -146,7 +118,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 def unpatchify(patches: Tensor, patch_size: int, image_size: tuple[int, int]) -> Tensor:
     """Inverse of `patchify`: (b, l, p*p*c) -> (b, c, height, width)."""
     (b, l, pixels), p, (height, width) = patches.shape, patch_size, image_size
-    fits = height % p == 0 and width % p == 0 and l * p * p == height * width and pixels % p**2 == 0
+    fits = height % p == width % p == 0 and l * p * p == height * width and pixels % p**2 == 0
     _require(fits, f"{l} patches of {pixels} values do not make {height}x{width} pixels with patch_size {p}")
     x = patches.reshape(b, height // p, width // p, p, p, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, height, width)
@@ -155,46 +127,32 @@ def unpatchify(patches: Tensor, patch_size: int, image_size: tuple[int, int]) ->
 def cluster_order(config: ARMConfig) -> Tensor | None:
     """The clusters' raster numbers in the order in which they are read; None for raster order itself."""
     rows, columns = (side // config.cluster_size for side in config.grid)
-    raster = torch.arange(rows * columns)
-    if config.order == "row-reversed":
-        return raster.flip(0)
-    if config.order == "column":
-        return raster.view(rows, columns).t().flatten()
     if config.order == "random":
         return torch.randperm(rows * columns, generator=torch.Generator().manual_seed(config.order_seed))
-    return None
-
-
-def _cluster_grid(grid: tuple[int, int], cluster_size: int, l: int) -> tuple[int, int]:
-    (rows, columns), s = grid, cluster_size
-    fits = rows % s == 0 and columns % s == 0
-    _require(fits, f"{rows}x{columns} patches do not divide into clusters of {s}x{s}: change one of the sizes")
-    _require(l == rows * columns, f"{l} tokens do not fill the grid of {rows}x{columns} patches")
-    return rows // s, columns // s
+    raster = torch.arange(rows * columns)
+    orders = {"row": None, "row-reversed": raster.flip(0), "column": raster.view(rows, columns).t().flatten()}
+    return orders[config.order]
 
 
 def to_clusters(x: Tensor, grid: tuple[int, int], cluster_size: int, order: Tensor | None = None) -> Tensor:
     """Regroup tokens (b, l, d) from raster order to cluster after cluster, raster order inside each [ARM 3.2].
 
-    Args:
-        grid: rows and columns of tokens, l = rows * columns.
-        cluster_size: tokens per side of a cluster.
-        order: the clusters to take, in turn, by raster number; None is raster order.
+    Args: grid, rows and columns of tokens, l = rows * columns; cluster_size, tokens per side of a cluster; order, the
+    clusters to take, in turn, by raster number, or None for raster order.
     """
-    (b, l, d), s = x.shape, cluster_size
-    rows, columns = _cluster_grid(grid, s, l)
-    x = x.reshape(b, rows, s, columns, s, d).permute(0, 1, 3, 2, 4, 5)
-    x = x.reshape(b, rows * columns, s * s, d)
+    (b, l, d), (rows, columns), s = x.shape, grid, cluster_size
+    fits = rows % s == columns % s == 0
+    _require(fits, f"{rows}x{columns} patches do not divide into clusters of {s}x{s}: change one of the sizes")
+    _require(l == rows * columns, f"{l} tokens do not fill the grid of {rows}x{columns} patches")
+    x = x.reshape(b, rows // s, s, columns // s, s, d).transpose(2, 3)  # (b, rows / s, columns / s, s, s, d)
+    x = x.flatten(3, 4).flatten(1, 2)  # (b, n_clusters, s*s, d)
     return (x if order is None else x[:, order]).flatten(1, 2)
 
 
 def from_clusters(x: Tensor, grid: tuple[int, int], cluster_size: int, order: Tensor | None = None) -> Tensor:
     """Inverse of `to_clusters`, with the same arguments."""
-    (b, l, d), s = x.shape, cluster_size
-    rows, columns = _cluster_grid(grid, s, l)
-    x = x.reshape(b, rows * columns, s * s, d)
-    x = x if order is None else x[:, order.argsort()]
-    return x.reshape(b, rows, columns, s, s, d).permute(0, 1, 3, 2, 4, 5).reshape(b, l, d)
+    raster = torch.arange(x.shape[1], device=x.device)[None, :, None]  # (1, l, 1)
+    return x[:, to_clusters(raster, grid, cluster_size, order).flatten().argsort()]
 
 
 def sincos_positions(d: int, grid: tuple[int, int]) -> Tensor:
@@ -203,10 +161,9 @@ def sincos_positions(d: int, grid: tuple[int, int]) -> Tensor:
     The first half of the channels encodes the column, the second half the row. Each half is [sin | cos] of the
     coordinate times the frequencies 10000^(-i / (d/4)), i = 0 .. d/4 - 1.
     """
-    rows, columns = (torch.arange(side, dtype=torch.float64) for side in grid)
-    row, column = torch.cartesian_prod(rows, columns).view(-1, 2).unbind(1)  # (l,) each
+    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
     frequencies = 10000.0 ** (-torch.arange(d // 4, dtype=torch.float64) / (d // 4))
-    angles = [torch.outer(coordinate, frequencies) for coordinate in (column, row)]  # (l, d/4) each
+    angles = [torch.outer(x.flatten(), frequencies) for x in (columns, rows)]  # (l, d/4) each
     embedding = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
     return embedding[None].to(torch.get_default_dtype())
 
@@ -268,11 +225,8 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> tuple[Tensor, Tensor, to
             _require(x.shape == shape, f"{name} has shape {tuple(x.shape)}: to fit u {(b, d, l)}, make it {shape}")
             _require(x.is_floating_point(), f"{name} has dtype {x.dtype}: it must be real floating point")
             _require(x.device == u.device, f"{name} is on {x.device}, u on {u.device}: move it there")
-    return B, C, _widest(torch.float32, u, delta, A, B, C)  # the state is fp32 or wider
-
-
-def _widest(dtype: torch.dtype, *tensors: Tensor) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (x.dtype for x in tensors), dtype)
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (u, delta, A, B, C)), torch.float32)
+    return B, C, dtype  # the state is fp32 or wider
 
 
 # The fast scan. Time comes first and channels last, in views (l, b, g, n, k) with k = d / g channels per group, and the
@@ -293,45 +247,41 @@ def _chunk_length(u: Tensor, n: int) -> int:
 
 
 def _time_first(x: Tensor, g: int) -> Tensor:
-    """(b, d, l) -> (l, b, g, 1, k). A view if x is the transpose of a (b, l, d) tensor, as it is in a model."""
-    x = x.permute(2, 0, 1)
-    return (x if x.stride(2) == 1 else x.contiguous()).unflatten(2, (g, 1, -1))
+    """(b, d, l) -> (l, b, g, 1, k), or (b, g, n, l) -> (l, b, g, 1, n). A view of what is (b, l, ...) in memory."""
+    x = x.movedim(-1, 0)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x.unflatten(2, (g, 1, -1)) if x.ndim == 3 else x.unsqueeze(3)
 
 
 def _scan_layout(u, delta, A, B, C, D, bias):
-    """A scan's arguments time first, all but u and delta in the state's dtype; also A log2(e), for use with exp2."""
-    g, dtype = B.shape[1], _widest(torch.float32, u, delta, A, B, C)
-    u, delta = _time_first(u, g), _time_first(delta, g)  # (l, b, g, 1, k)
-    B, C = (x.permute(3, 0, 1, 2).contiguous().to(dtype)[..., None, :] for x in (B, C))  # (l, b, g, 1, n)
-    A = A.to(dtype).unflatten(0, (g, -1)).mT.contiguous()  # (g, n, k)
-    D, bias = (x.to(dtype).unflatten(0, (g, 1, -1)) for x in (D, bias))  # (g, 1, k)
+    """A scan's arguments time first, B and C in the state's dtype, which is A's; also A log2(e), for use with exp2."""
+    g = B.shape[1]
+    u, delta, B, C = (_time_first(x, g) for x in (u, delta, B, C))  # (l, b, g, 1, k | k | n | n)
+    B, C = (x.contiguous().to(A.dtype) for x in (B, C))
+    A = A.unflatten(0, (g, -1)).mT.contiguous()  # (g, n, k)
+    D, bias = (x.unflatten(0, (g, 1, -1)) for x in (D, bias))  # (g, 1, k)
     return u, delta, A, A * math.log2(math.e), B, C, D, bias
 
 
 # Registered operators, so that torch.compile sees one node and not a loop. `kernel` is mamba-ssm's; only its extension
 # module is used, since importing the mamba_ssm package brings in unrelated models and what they depend on.
+_ARGS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor bias, bool softplus, bool kernel"
 
 
-@torch.library.custom_op(
-    "armamba::scan",
-    mutates_args=(),
-    schema="(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor bias, bool softplus, bool kernel,"
-    " bool save) -> (Tensor, Tensor, Tensor)",
-)
+@custom_op("armamba::fast_scan", mutates_args=(), schema=f"({_ARGS}, bool save) -> (Tensor, Tensor, Tensor)")
 def _scan(u, delta, A, B, C, D, bias, softplus, kernel, save):
     """Returns y (b, d, l); h_l (b, d, n); what the backward pass needs, here the state before each chunk if `save`."""
     if kernel:
-        import selective_scan_cuda
-
-        y, x = selective_scan_cuda.fwd(u, delta, A, B, C, D, None, bias, softplus)  # None: no gate
+        y, x = importlib.import_module("selective_scan_cuda").fwd(u, delta, A, B, C, D, None, bias, softplus)  # no gate
         return y, x[:, :, -1, 1::2].contiguous(), x  # x: (b, d, chunks of 2,048 steps, 2n)
-    (b, d, l), n, g, out_dtype, steps = u.shape, A.shape[1], B.shape[1], u.dtype, _chunk_length(u, A.shape[1])
+    (b, d, l), (g, n), steps = u.shape, B.shape[1:3], _chunk_length(u, A.shape[1])
+    y = u.new_empty(b, l, d).mT
     with torch.autocast(u.device.type, enabled=False):
         u, delta, A, A_log2e, B, C, D, bias = _scan_layout(u, delta, A, B, C, D, bias)
-        y = u.new_empty(b, l, g, 1, d // g, dtype=out_dtype).transpose(0, 1)
         entries = A.new_empty(-(-l // steps) if save else 0, b, g, n, d // g)
         buffer, h = A.new_empty(steps, b, g, n, d // g), A.new_zeros(b, g, n, d // g)
-        for i, (u_i, delta_i, B_i, C_i, y_i) in enumerate(zip(*(x.split(steps) for x in (u, delta, B, C, y)))):
+        sequences = u, delta, B, C, _time_first(y, g)
+        for i, (u_i, delta_i, B_i, C_i, y_i) in enumerate(zip(*(x.split(steps) for x in sequences))):
             h = entries[i].copy_(h) if save else h.clone()  # out of the buffer, which is about to be overwritten
             u_i, delta_i = u_i.to(A.dtype), delta_i + bias
             delta_i = F.softplus(delta_i) if softplus else delta_i
@@ -339,15 +289,10 @@ def _scan(u, delta, A, B, C, D, bias, softplus, kernel, save):
             for h_t, x_t, B_t in zip(h_i.unbind(), (delta_i * u_i).unbind(), B_i.mT.unbind()):
                 h = h_t.mul_(h).addcmul_(x_t, B_t)
             y_i.copy_((C_i @ h_i).addcmul_(D, u_i))
-    return y.transpose(0, 1).flatten(2).mT, h.mT.reshape(b, d, n).contiguous(), entries
+    return y, h.clone().mT.reshape(b, d, n), entries  # a clone, so that the buffer can go
 
 
-@torch.library.custom_op(
-    "armamba::scan_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor saved, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor bias,"
-    " bool softplus, bool kernel) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+@custom_op("armamba::fast_scan_backward", mutates_args=(), schema=f"(Tensor grad, Tensor saved, {_ARGS}) -> Tensor[]")
 def _scan_backward(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
     """Gradients of u, delta, A, B, C, D and bias. From the last step to the first, with G_t = dL/dh_t:
 
@@ -355,20 +300,17 @@ def _scan_backward(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
     W_t = dL/d(delta_t A) = exp(delta_t A) G_t h_{t-1}      dL/d(delta_t u_t) = B_t . G_t
     """
     if kernel:
-        import selective_scan_cuda
-
-        gate, rest = None, (None, None, softplus, False)  # no gate, so neither the output nor a place for its gradient
-        return tuple(selective_scan_cuda.bwd(u, delta, A, B, C, D, gate, bias, grad.contiguous(), saved, *rest)[:7])
-    (b, d, l), n, g, steps = u.shape, A.shape[1], B.shape[1], _chunk_length(u, A.shape[1])
-    dtypes = [x.dtype for x in (u, delta, A, B, C, D, bias)]
+        # no gate, so neither the output nor a place for its gradient
+        inputs = u, delta, A, B, C, D, None, bias, grad.contiguous(), saved, None, None, softplus, False
+        return list(importlib.import_module("selective_scan_cuda").bwd(*inputs)[:7])
+    (b, d, _), (g, n), steps = u.shape, B.shape[1:3], _chunk_length(u, A.shape[1])
+    du, ddelta, dB, dC = (x.new_empty(x.movedim(-1, 1).shape).movedim(1, -1) for x in (u, delta, B, C))
     with torch.autocast(u.device.type, enabled=False):
         u, delta, A, A_log2e, B, C, D, bias = _scan_layout(u, delta, A, B, C, D, bias)
-        grad = _time_first(grad, g)
-        du, ddelta = (x.new_empty(b, l, g, 1, d // g).transpose(0, 1) for x in (u, delta))
-        dB, dC, dD, dbias = torch.empty_like(B), torch.empty_like(C), torch.zeros_like(D), torch.zeros_like(D)
         dA, carry = (A.new_zeros(b, g, n, d // g) for _ in range(2))  # carry: exp(delta_{t+1} A) G_{t+1}
+        dD, dbias = torch.zeros_like(D), torch.zeros_like(D)
         buffers = [A.new_empty(m, b, g, n, d // g) for m in (steps, steps, steps + 1)]
-        sequences = u, delta, B, C, grad, du, ddelta, dB, dC
+        sequences = u, delta, B, C, *(_time_first(x, g) for x in (grad, du, ddelta, dB, dC))
         for chunk in reversed(list(zip(saved, *(x.split(steps) for x in sequences), strict=True))):
             entry, u_i, delta_i, B_i, C_i, grad_i, du_i, ddelta_i, dB_i, dC_i = chunk
             u_i, grad_i, raw_i = u_i.to(A.dtype), grad_i.to(A.dtype), delta_i + bias
@@ -396,29 +338,26 @@ def _scan_backward(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
             dx = dx.mul_(raw_i.sigmoid()) if softplus else dx
             dbias += dx.sum((0, 1))
             ddelta_i.copy_(dx)
-        dA = dA.sum(0).mT.reshape(d, n).contiguous()
-        du, ddelta = (x.transpose(0, 1).flatten(2).mT for x in (du, ddelta))  # (b, d, l)
-        dB, dC = (x.squeeze(3).permute(1, 2, 3, 0) for x in (dB, dC))  # (b, g, n, l)
-    return tuple(x.to(dtype) for x, dtype in zip((du, ddelta, dA, dB, dC, dD.flatten(), dbias.flatten()), dtypes))
+    return [du, ddelta, dA.sum(0).mT.reshape(d, n), dB, dC, dD.flatten(), dbias.flatten()]
 
 
 @_scan.register_fake  # shapes and layouts of the outputs, for torch.compile
 def _(u, delta, A, B, C, D, bias, softplus, kernel, save):
-    (b, d, l), (g, n), dtype = u.shape, B.shape[1:3], _widest(torch.float32, u, delta, A, B, C)
+    (b, d, l), (g, n) = u.shape, B.shape[1:3]
     if kernel:
-        return torch.empty_like(delta), A.new_empty(b, d, n), A.new_empty(b, d, -(-l // 2048), 2 * n)
+        return torch.empty_like(u), A.new_empty(b, d, n), A.new_empty(b, d, -(-l // 2048), 2 * n)
     chunks = -(-l // _chunk_length(u, n)) if save else 0
-    entries = u.new_empty(chunks, b, g, n, d // g, dtype=dtype)
-    return u.new_empty(b, l, d).mT, u.new_empty(b, d, n, dtype=dtype), entries
+    h, entries = A.new_empty(b, g, n, d // g), A.new_empty(chunks, b, g, n, d // g)
+    return u.new_empty(b, l, d).mT, h.mT.reshape(b, d, n), entries
 
 
 @_scan_backward.register_fake
 def _(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
     if kernel:
-        return tuple(torch.empty_like(x) for x in (u, delta, A, B, C, D, bias))
-    du, ddelta = (x.new_empty([x.shape[i] for i in (0, 2, 1)]).mT for x in (u, delta))
-    dB, dC = (x.new_empty([x.shape[i] for i in (3, 0, 1, 2)]).permute(1, 2, 3, 0) for x in (B, C))
-    return du, ddelta, torch.empty_like(A), dB, dC, torch.empty_like(D), torch.empty_like(bias)
+        return [torch.empty_like(x) for x in (u, delta, A, B, C, D, bias)]
+    du, ddelta, dB, dC = (x.new_empty(x.movedim(-1, 1).shape).movedim(1, -1) for x in (u, delta, B, C))
+    dA = A.new_empty(B.shape[1], A.shape[1], len(A) // B.shape[1]).mT.reshape(A.shape)
+    return [du, ddelta, dA, dB, dC, torch.empty_like(D), torch.empty_like(bias)]
 
 
 def _scan_setup(ctx, inputs, output):
@@ -454,22 +393,15 @@ def scan_backend(device_type: str) -> tuple[str, str]:
     return name, why
 
 
-scan_backend._dynamo_marked_constant = (
-    True  # as torch.compiler.assume_constant_result does, but that imports the compiler
-)
-
-
 def selective_scan(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, backend="auto"
 ):
-    """The selective scan: what `selective_scan_ref` computes, fast. Stands in for mamba-ssm's `selective_scan_fn`.
-
-    Formula: see `selective_scan_ref`. With g groups, channel i reads B and C of group i // (d / g).
+    """The formula of `selective_scan_ref` [Mamba 3.2], fast. Stands in for mamba-ssm's `selective_scan_fn`.
 
     Args:
         u, delta: input and step sizes, (b, d, l). Transposed views of (b, l, d) tensors cost nothing extra on a CPU.
         A: (d, n), negative: decay rates per unit of delta.
-        B, C: (b, n, l), or grouped (b, g, n, l) with d % g == 0: how the state is written and read.
+        B, C: how the state is written and read, (b, n, l), or (b, g, n, l) if channel i reads group i // (d / g).
         D, delta_bias: (d,) or None. z: gate (b, d, l) or None. delta_softplus: see the formula.
         return_last_state: also return h_l, (b, d, n); no gradient passes through it, as in the kernel.
         backend: "ref" the loop, "torch" the fast scan, "kernel" mamba-ssm's, "auto" the fastest that can do this call:
@@ -477,10 +409,7 @@ def selective_scan(
             also mixed; the state is fp32 or wider, under autocast too.
 
     Returns: y (b, d, l) in u's dtype, or (y, h_l).
-
     Raises: ValueError on shapes, types or devices that do not fit; RuntimeError if backend="kernel" cannot be had.
-
-    Source: [Mamba 3.2, algorithm 2].
     """
     _require(backend in ("auto", "ref", "torch", "kernel"), f"backend {backend!r} is none of auto, ref, torch, kernel")
     if backend == "ref":
@@ -493,14 +422,15 @@ def selective_scan(
         raise RuntimeError(f"backend='kernel' cannot be used: {why}. backend='auto' takes what there is")
 
     D, bias = (A.new_zeros(len(A)) if x is None else x for x in (D, delta_bias))
-    inputs, kernel = (u, delta, A, B, C, D, bias), name == "kernel"
+    A, D, bias = (x.to(dtype).contiguous() for x in (A, D, bias))  # the operators take the state's dtype from A
+    y_dtype, kernel = u.dtype, name == "kernel"
     if kernel:
-        narrow = _widest(u.dtype, delta, B, C)
-        types = narrow, narrow, torch.float32, narrow, narrow, torch.float32, torch.float32
-        inputs = [x.to(dtype).contiguous() for x, dtype in zip(inputs, types)]
+        widest = functools.reduce(torch.promote_types, (x.dtype for x in (u, delta, B, C)))
+        u, delta, B, C = (x.to(widest).contiguous() for x in (u, delta, B, C))
+    inputs = u, delta, A, B, C, D, bias
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     y, h, _ = _scan(*inputs, delta_softplus, kernel, save)
-    y = (y if z is None else y * F.silu(z)).to(u.dtype)
+    y = (y if z is None else y * F.silu(z)).to(y_dtype)
     return (y, h.detach()) if return_last_state else y
 
 
@@ -511,15 +441,15 @@ def selective_scan(
 def _conv_kernel():
     """The causal-conv1d package's function, or None if it is not there or does not work."""
     try:
-        from causal_conv1d import causal_conv1d_fn
-
-        causal_conv1d_fn(torch.zeros(1, 8, 4, device="cuda"), torch.zeros(8, 4, device="cuda"), activation="silu")
-        return causal_conv1d_fn
+        conv = importlib.import_module("causal_conv1d").causal_conv1d_fn
+        conv(torch.zeros(1, 8, 4, device="cuda"), torch.zeros(8, 4, device="cuda"), activation="silu")
+        return conv
     except Exception:  # whatever a foreign extension may raise
         return None
 
 
-_conv_kernel._dynamo_marked_constant = True
+# constants to torch.compile, as by its assume_constant_result, but that imports the compiler
+scan_backend._dynamo_marked_constant = _conv_kernel._dynamo_marked_constant = True
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -529,8 +459,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     l, k = x.shape[1], weight.shape[2]
     if x.is_cuda and 2 <= k <= 4 and x.shape[2] % 8 == 0 and x.dtype != torch.float64 and _conv_kernel():
-        y = _conv_kernel()(x.mT, weight[:, 0].to(x.dtype), bias.to(x.dtype), activation="silu")
-        return y.mT
+        return _conv_kernel()(x.mT, weight[:, 0].to(x.dtype), bias.to(x.dtype), activation="silu").mT
     # k shifted multiply-adds: on a CPU faster than F.conv1d, and no transposition
     padded, y = F.pad(x, (0, 0, k - 1, 0)).to(weight.dtype), bias
     for j in range(k):
@@ -542,16 +471,13 @@ def transpose_grid(x: Tensor, grid: tuple[int, int], cls_index: int | None) -> T
     """Tokens (b, l, ...) from row-major to column-major order; a class token keeps its place in the sequence."""
     if cls_index is None:
         return x.unflatten(1, grid).transpose(1, 2).flatten(1, 2)
-    return _insert(transpose_grid(_remove(x, cls_index), grid, None), x[:, cls_index : cls_index + 1], cls_index)
+    before, cls, after = x.tensor_split((cls_index, cls_index + 1), dim=1)
+    return _insert(transpose_grid(torch.cat([before, after], dim=1), grid, None), cls, cls_index)
 
 
 def _insert(x: Tensor, token: Tensor, index: int) -> Tensor:
     """Put a token (b, 1, ...) into a sequence (b, l, ...) before position `index`."""
     return torch.cat([x[:, :index], token, x[:, index:]], dim=1)
-
-
-def _remove(x: Tensor, index: int) -> Tensor:
-    return torch.cat([x[:, :index], x[:, index + 1 :]], dim=1)
 
 
 def to_directions(x: Tensor, grid: tuple[int, int], cls_index: int | None) -> Tensor:
@@ -617,16 +543,9 @@ class Mixer(nn.Module):
         x = causal_conv(x.flatten(2), self.conv1d.weight, self.conv1d.bias)  # (b, l, g*d)
         x_dbc = directional_linear(x.unflatten(2, (g, d)), self.x_proj.weight)
         dt, B, C = x_dbc.split(self.split, dim=-1)  # (b, l, g, dt_rank | n | n)
-        y = selective_scan(
-            x.mT,  # (b, g*d, l)
-            directional_linear(dt, self.dt_proj.weight).flatten(2).mT,  # (b, g*d, l)
-            -torch.exp(self.A_log),  # (g*d, n)
-            B.permute(0, 2, 3, 1),  # (b, g, n, l)
-            C.permute(0, 2, 3, 1),
-            D=self.D,
-            delta_bias=self.dt_proj.bias,
-            delta_softplus=True,
-        )
+        delta = directional_linear(dt, self.dt_proj.weight).flatten(2).mT  # (b, g*d, l)
+        A, B, C = -torch.exp(self.A_log), B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1)  # (g*d, n), (b, g, n, l) twice
+        y = selective_scan(x.mT, delta, A, B, C, D=self.D, delta_bias=self.dt_proj.bias, delta_softplus=True)
         y = y.mT.unflatten(2, (g, d))  # (b, l, g, d)
         y = from_directions(y, grid, cls_index) if g == 4 else y[:, :, 0]  # (b, l, d)
         return self.out_proj(y * F.silu(z))  # a token's gate is the same in every direction, so it can follow the mean
@@ -667,11 +586,9 @@ class Block(nn.Module):
         return x + self._drop(self.mlp(self.norm2(x)))
 
 
-# the parameters of which every scan direction has its own, one after the other along the first axis
-DIRECTIONAL = re.compile(r"mixer\.(conv1d\.weight|conv1d\.bias|x_proj\.weight|dt_proj\.weight|dt_proj\.bias|A_log|D)$")
-
-
 # --- The encoder of both stages ---------------------------------------------------------------------------------------
+
+DIRECTIONAL = re.compile(r"mixer\.(conv1d|x_proj|dt_proj|A(?=_log)|D)")  # parameters that belong to a direction each
 
 
 class VisionMamba(nn.Module):
@@ -682,15 +599,12 @@ class VisionMamba(nn.Module):
 
     Args:
         config: the shapes; its decoder and clusters are not used here, so any grid of patches will do.
-        num_classes: outputs of the head, or None.
-        directions: 1 or 4 scans per block.
+        num_classes: outputs of the head, or None. directions: 1 or 4 scans per block.
         pool: "mean", of the mean before and the mean after the class token, or "cls", the class token.
         drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
     """
 
-    def __init__(
-        self, config: ARMConfig, num_classes: int | None = 1000, directions=4, pool="mean", drop_path: float = 0.0
-    ):
+    def __init__(self, config: ARMConfig, num_classes: int | None = 1000, directions=4, pool="mean", drop_path=0.0):
         super().__init__()
         _require(directions in (1, 4), f"directions {directions!r} must be 1 or 4")
         _require(pool in ("mean", "cls"), f"pool {pool!r} must be 'mean' or 'cls'")
@@ -719,9 +633,7 @@ class VisionMamba(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images (b, c, height, width) -> tokens with positions, in raster order, class token included, (b, l, d)."""
         shape, ours = tuple(images.shape), (self.config.channels, *self.config.image_size)
-        _require(
-            shape[1:] == ours, f"images are {shape}, this model takes batches of {ours}: resize them, or build it anew"
-        )
+        _require(shape[1:] == ours, f"images are {shape}, this model takes batches of {ours}: resize or build it anew")
         dtype, device = self.patch_embed.weight.dtype, images.device.type
         fits = images.dtype == dtype or images.is_floating_point() and torch.is_autocast_enabled(device)
         _require(fits, f"images have dtype {images.dtype}: convert to {dtype}, the model's, and normalise them")
@@ -732,12 +644,10 @@ class VisionMamba(nn.Module):
 
     def run_layers(self, x: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
         """Pass tokens (b, l, d) through all blocks; returns the outputs of the blocks in `taps`, counted from 1."""
-        outputs = []
+        outputs, recompute = [], self.grad_checkpoint and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers, start=1):
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(layer, x, self.config.grid, self.cls_index, use_reentrant=False)
-            else:
-                x = layer(x, self.config.grid, self.cls_index)
+            inputs = x, self.config.grid, self.cls_index
+            x = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
             if i in taps:
                 outputs.append(x)
         return outputs
@@ -759,9 +669,7 @@ class VisionMamba(nn.Module):
         return features if self.num_classes is None else self.head(features)
 
     @classmethod
-    def from_arm(
-        cls, arm: "ARM", num_classes: int | None, image_size=None, directions=4, pool="mean", drop_path: float = 0.0
-    ) -> "VisionMamba":
+    def from_arm(cls, arm: "ARM", num_classes: int | None, image_size=None, directions=4, pool="mean", drop_path=0.0):
         """A classifier that starts from a pretrained model, for any image size [ARM 3.3].
 
         The pretrained direction is copied to every direction. The fixed positions, interpolated to the new grid,
@@ -769,27 +677,26 @@ class VisionMamba(nn.Module):
         """
         config = replace(arm.config, image_size=image_size or arm.config.image_size)
         model = cls(config, num_classes, directions, pool, drop_path)
-        state = arm.encoder.state_dict()
-        state = {k: torch.cat([v] * directions) if DIRECTIONAL.search(k) else v for k, v in state.items()}
         if num_classes is not None:
             nn.init.normal_(model.head.weight, std=2e-5)
-        return model._load_resized(state, arm.encoder)
+        return model._load_resized(arm.encoder)
 
     def resized(self, image_size: int | tuple[int, int], drop_path: float | None = None) -> "VisionMamba":
-        """The same model for another image size, its positions interpolated (the class token's row is kept).
-
-        drop_path: a new rate, or None to keep the model's.
-        """
+        """The same model for another image size, its positions interpolated; drop_path: a new rate, or None."""
         config = replace(self.config, image_size=image_size)
         drop_path = self.layers[-1].drop_path if drop_path is None else drop_path
         model = VisionMamba(config, self.num_classes, self.directions, self.pool, drop_path)
         model.grad_checkpoint = self.grad_checkpoint
-        return model._load_resized(self.state_dict(), self).train(self.training)
+        return model._load_resized(self).train(self.training)
 
-    def _load_resized(self, state: dict[str, Tensor], source: "VisionMamba") -> "VisionMamba":
+    def _load_resized(self, source: "VisionMamba") -> "VisionMamba":
+        """Take over the weights of `source`: if it has one direction, for every direction; positions interpolated."""
+        state, copies = source.state_dict(), self.directions // source.directions
+        state = {k: torch.cat([v] * copies) if DIRECTIONAL.search(k) else v for k, v in state.items()}
         pos, i = state["pos_embed"], source.cls_index  # (1, l, d)
         cls = torch.zeros_like(pos[:, :1]) if i is None else pos[:, i : i + 1]
-        pos = resize_positions(pos if i is None else _remove(pos, i), source.config.grid, self.config.grid)
+        patches = pos[:, [j for j in range(pos.shape[1]) if j != i]]
+        pos = resize_positions(patches, source.config.grid, self.config.grid)
         state["pos_embed"] = self.pos_embed if self.cls_index is None else _insert(pos, cls, self.cls_index)
         self.load_state_dict({**self.state_dict(), **state})
         return self.to(pos)  # device and type of the source
@@ -838,7 +745,8 @@ class ARM(nn.Module):
     def __init__(self, config: ARMConfig):
         super().__init__()
         self.config, s, d, dec = config, config.cluster_size, config.d_model, config.decoder_dim
-        _cluster_grid(config.grid, s, math.prod(config.grid))
+        self.register_buffer("dec_pos_embed", sincos_positions(dec, config.grid))  # (1, l, dec), raster order
+        to_clusters(self.dec_pos_embed, config.grid, s)  # raises if the grid does not divide into clusters
         _require(config.n_clusters >= 2, f"one cluster of {s}x{s} patches fills the image: lower cluster or patch size")
         values = config.patch_size**2 * config.channels
         _require(not config.norm_pix or values > 1, "norm_pix needs patches of more than one value: enlarge patch_size")
@@ -848,11 +756,10 @@ class ARM(nn.Module):
         self.ar_token = nn.Parameter(torch.empty(1, 1, dec).normal_(std=0.02))
         self.decoder = nn.ModuleList(DecoderBlock(dec, config.decoder_heads) for _ in range(config.decoder_depth))
         self.ar_norm = nn.LayerNorm(dec)
-        self.ar_pred = linear(dec, config.patch_size**2 * config.channels)
-        self.register_buffer("dec_pos_embed", sincos_positions(dec, config.grid))  # (1, l, dec), raster order
+        self.ar_pred = linear(dec, values)
         self.register_buffer("order", cluster_order(config), persistent=False)
-        cluster = torch.arange(config.n_clusters - 1).repeat_interleave(s * s)  # the cluster of each encoder token
-        # query i asks for a patch of the cluster that follows cluster[i]
+        # the cluster of each encoder token; query i asks for a patch of the cluster that follows cluster[i]
+        cluster = torch.arange(config.n_clusters - 1).repeat_interleave(s * s)
         self.register_buffer("mask", cluster[:, None] >= cluster[None, :], persistent=False)  # (l, l)
 
     def arrange(self, x: Tensor) -> Tensor:
@@ -872,18 +779,16 @@ class ARM(nn.Module):
     def predict(self, images: Tensor) -> Tensor:
         """(b, c, height, width) -> (b, l, p*p*c): clusters 2, 3, ... in prediction order, each from those before.
 
-        l = (n_clusters - 1) * cluster_size^2; pixels in (row, column, channel) order; with norm_pix they are in units
-        of the patch's own standard deviation, from its own mean.
+        l = (n_clusters - 1) * cluster_size^2; pixels in (row, column, channel) order, normalised as in `target`.
         """
-        context = self.context(images)
         queries = self.arrange(self.ar_token + self.dec_pos_embed)[:, -len(self.mask) :]  # (1, l, dec)
         x = queries.expand(len(images), -1, -1)
-        for i, block in enumerate(self.decoder):
-            x = block(x, context[..., i], self.mask)
+        for block, context in zip(self.decoder, self.context(images).unbind(-1)):  # (b, l, dec) each
+            x = block(x, context, self.mask)
         return self.ar_pred(self.ar_norm(x))
 
     def target(self, images: Tensor) -> Tensor:
-        """What `predict` should return, (b, l, p*p*c): the images' patches, each normalised by itself if norm_pix."""
+        """What `predict` should return, (b, l, p*p*c): patches, with norm_pix minus their mean, over their std."""
         x = self.arrange(patchify(images, self.config.patch_size))[:, -len(self.mask) :]
         if self.config.norm_pix:
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()  # unbiased variance
@@ -911,41 +816,34 @@ _RENAMES = {  # names here -> names in the released files, applied one after the
     r"^decoder\.(\d+)\.norm_mlp\.": r"dec_block.\1.norm2.",
     r"^tap_norms\.(\d+)\.": lambda match: f"norm_{int(match[1]) + 1}.",
 }
-_SUFFIXES = ("", "_b", "_c", "_c_b")  # rows, rows reversed, columns, columns reversed
 
 
 def official_names(name: str, directions: int) -> list[str]:
     """The names of a parameter of ours in the released files: one, or one per direction if each has its own."""
-    directional = DIRECTIONAL.search(name)
+    suffixes = ["", "_b", "_c", "_c_b"][: directions if DIRECTIONAL.search(name) else 1]  # in to_directions' order
     for pattern, new in _RENAMES.items():
         name = re.sub(pattern, new, name)
-    if not directional:
-        return [name]
-    head, part, tail = re.match(r"(.*mixer\.)(A|[^.]+)(_log$|\..*$|$)", name).groups()
-    return [head + part + suffix + tail for suffix in _SUFFIXES[:directions]]
+    return [DIRECTIONAL.sub(rf"\g<0>{suffix}", name) for suffix in suffixes]
 
 
 def to_official(model: "ARM | VisionMamba") -> dict[str, Tensor]:
     """A model's weights under the names of the released files, as new tensors; the inverse of `load_official`."""
     arm, config = isinstance(model, ARM), model.config
-    if arm:
-        told = config.order == "row" and config.taps == replace(config, taps=None).taps
-        _require(told, f"order {config.order!r}, taps {config.taps}: released files know 'row' and default taps only")
-    else:
-        fits = model.num_classes is not None and model.directions == 4
-        _require(fits, f"{model.directions} directions, {model.num_classes} classes: released files have 4 and a head")
+    encoder = model.encoder if arm else model
+    told = not arm or config.order == "row" and config.taps == replace(config, taps=None).taps
+    _require(told, f"order {config.order!r}, taps {config.taps}: released files know 'row' and default taps only")
+    fits = arm or encoder.directions == 4 and encoder.num_classes is not None
+    _require(fits, f"{encoder.directions} directions, {encoder.num_classes} classes: released files have 4 and a head")
     state = {}
     for name, value in model.state_dict().items():
-        names = official_names(name, directions=1 if arm else 4)
+        names = official_names(name, encoder.directions)
         state |= {official: piece.clone() for official, piece in zip(names, value.chunk(len(names)))}
     if arm:
         state["mask"] = torch.zeros(model.mask.shape).masked_fill(~model.mask.cpu(), -math.inf)
     return state
 
 
-def load_official(
-    checkpoint, *, pool: str = "mean", image_size=None, grid: tuple[int, int] | None = None, weights: str = "model"
-) -> "ARM | VisionMamba":
+def load_official(checkpoint, *, pool="mean", image_size=None, grid=None, weights="model") -> "ARM | VisionMamba":
     """Build a model from a released checkpoint: an ARM from a pretraining file, a classifier from a finetuning file.
 
     Depth, widths, cluster size and a square grid are read off the weights. Files are opened weights-only: the one
@@ -953,10 +851,9 @@ def load_official(
 
     Args:
         checkpoint: a path, a checkpoint {"model": ..., maybe "model_ema": ...}, or a bare state dict.
-        pool: of a classifier; the weights do not tell.
+        pool: of a classifier; the weights do not tell. weights: "model" or "model_ema".
         image_size: the size to build for, if not the checkpoint's; positions are interpolated (an ARM's, made anew).
         grid: rows and columns of the checkpoint's patches, if they are not a square.
-        weights: "model" or "model_ema".
 
     Raises: ValueError that lists missing, unexpected and misshapen keys, or names what else is wrong.
     """
@@ -972,6 +869,8 @@ def load_official(
         checkpoint = checkpoint[weights]
     state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in checkpoint.items()}
     arm = "ar_token" in state and "head.weight" not in state
+    if not arm:  # a classifier's file may carry the decoder along
+        state = {k: v for k, v in state.items() if not re.match(r"mask$|dec_|ar_|enc2dec|norm_\d", k)}
     read = {"patch_embed.proj.weight": 4, "pos_embed": 3, "layers.0.mixer.A_log": 2, "layers.0.mixer.conv1d.weight": 3}
     read |= {"mask": 2, "ar_token": 3} if arm else {"head.weight": 2}  # what the shapes below are read off
     problems = [f"missing {key}" for key in read if key not in state]
@@ -986,27 +885,20 @@ def load_official(
     sizes |= dict(d_state=state["layers.0.mixer.A_log"].shape[1], d_conv=state["layers.0.mixer.conv1d.weight"].shape[2])
     if arm:
         cluster_size = math.isqrt(int((state["mask"][0] == 0).sum()))  # the first query sees one cluster
-        sizes |= dict(cluster_size=cluster_size, decoder_dim=state["ar_token"].shape[2], decoder_depth=decoder_depth)
-    config = ARMConfig(**sizes | ({} if arm else dict(decoder_depth=1)))
+        sizes |= dict(cluster_size=cluster_size, decoder_dim=state["ar_token"].shape[2])
+    config = ARMConfig(**sizes, decoder_depth=decoder_depth or 1)  # which a classifier has no use for
     model = ARM(config) if arm else VisionMamba(config, len(state["head.weight"]), directions=4, pool=pool)
 
-    if not arm:  # a classifier's file may carry the decoder along
-        state = {k: v for k, v in state.items() if not re.match(r"mask$|dec_|ar_|enc2dec|norm_\d", k)}
     expected = to_official(model)
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
-    for key in expected.keys() & state.keys():
-        ours, theirs = tuple(expected[key].shape), tuple(state[key].shape)
-        problems += [f"{key} has shape {theirs}, not {ours}"] if ours != theirs else []
+    shapes = {key: (tuple(state[key].shape), tuple(expected[key].shape)) for key in expected.keys() & state}
+    problems += [f"{key} has shape {theirs}, not {ours}" for key, (theirs, ours) in shapes.items() if theirs != ours]
     _require(not problems, "the weights do not fit a released model: " + "; ".join(sorted(problems)))
     names = {name: official_names(name, directions=1 if arm else 4) for name in model.state_dict()}
-    new = {name: torch.cat([state[key].float() for key in keys]) for name, keys in names.items()}
-    model.load_state_dict(new)
-    if image_size is None:
-        return model
-    if not arm:
-        return model.resized(image_size)
-    resized = ARM(replace(config, image_size=image_size))
-    fixed = {key: value for key, value in resized.state_dict().items() if key.endswith("pos_embed")}
-    resized.load_state_dict({**new, **fixed})
-    return resized
+    model.load_state_dict({name: torch.cat([state[key].float() for key in keys]) for name, keys in names.items()})
+    if arm and image_size is not None:
+        resized = ARM(replace(config, image_size=image_size))
+        resized.load_state_dict(dict(model.named_parameters()), strict=False)  # all but its positions, made anew
+        return resized
+    return model if image_size is None else model.resized(image_size)
