@@ -69,7 +69,10 @@ def prepared(stage: str, variant: str, *flags) -> tuple:
 
 # Multiply-adds of the scan per element of (b, d, l, n), exp aside. Forward: delta A; decay h; + (delta u) B; + C h.
 # Backward: carry + C dy; decay G; decay G h; the sums into dA, dB, dC, d(delta u), ddelta; not the states once more.
-for operator, multiply_adds, first in ((torch.ops.armamba.scan, 4, 0), (torch.ops.armamba.scan_backward, 8, 2)):
+for operator, multiply_adds, first in (
+    (torch.ops.armamba.fast_scan, 4, 0),
+    (torch.ops.armamba.fast_scan_backward, 8, 2),
+):
 
     @register_flop_formula(operator)
     def scan_flops(*shapes, k=multiply_adds, u=first, **_) -> int:

@@ -96,7 +96,7 @@ def test_profile_of_the_first_row_that_fits(tmp_path, monkeypatch):
     assert (
         len(rows) == 15 and shares == sorted(shares, reverse=True) and sum(shares) + rest["share"] == pytest.approx(1)
     )
-    assert {row["operator"]: row["calls"] for row in rows}["armamba::scan_backward"] == 4  # blocks, one step
+    assert {row["operator"]: row["calls"] for row in rows}["armamba::fast_scan_backward"] == 4  # blocks, one step
 
 
 def test_the_steps_are_the_recipes():
