@@ -45,6 +45,7 @@ PRESETS = dict(
 PRESETS = {name: train.PRESETS[name] | preset for name, preset in PRESETS.items()}
 
 
+BICUBIC = v2.InterpolationMode.BICUBIC
 SHAPE = ("variant", "d_model", "depth", "d_state", "patch_size", "cluster_size")  # what a checkpoint has settled
 
 
@@ -52,20 +53,22 @@ def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namesp
     """Arguments and checkpoint; what flags leave open (preset, data, sizes) is taken from the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     train.add_common_arguments(parser)
-    add = parser.add_argument_group("what to start from").add_argument
-    add("--checkpoint", type=Path, help="ours or a released one; default: the newest finished pretraining run")
-    add("--from-scratch", action="store_true", help="start from random weights, with a recipe of its own")
+    group = parser.add_argument_group("what to start from")
+    either, add = group.add_mutually_exclusive_group().add_argument, group.add_argument
+    either("--checkpoint", type=Path, help="ours or a released one; default: the newest finished pretraining run")
+    either("--from-scratch", action="store_true", help="start from random weights, with a recipe of its own")
     add("--compare", action=argparse.BooleanOptionalAction, default=False, help="then also train one from scratch")
     add("--weights", choices=("model", "model_ema"), default="model", help="which of a finetuned checkpoint's to take")
     add("--directions", type=int, choices=(1, 4), default=4)
     add("--fresh-directions", action="store_true", help="of a pretrained model: start the other three at random")
     add("--pool", choices=("mean", "cls"), default="mean")
-    add = parser.add_argument_group("labels and evaluation").add_argument
+    group = parser.add_argument_group("labels and evaluation")
+    either, add = group.add_mutually_exclusive_group().add_argument, group.add_argument
     add("--labels", type=int, help="train on so many labelled images, balanced over classes; default all")
     add("--holdout", type=int, help="evaluate on so many other training images instead of the test set, for tuning")
-    add("--eval", action="store_true", help="evaluate the checkpoint, a finetuned one, and do no training")
+    either("--eval", action="store_true", help="evaluate the checkpoint, a finetuned one, and do no training")
     add("--class-list", type=Path, help="folder names of all the checkpoint's classes in label order, for --eval")
-    add("--probe", choices=("features", "pixels"), help="neighbours and a linear classifier on these, and no training")
+    either("--probe", choices=("features", "pixels"), help="no training: neighbours and a linear model on these")
     add("--eval-crop", type=float, default=1.0, help="centre crop as a share of the resized short side")
     add("--eval-resize", choices=("keep", "squash"), default="keep", help="squash: as the released evaluation does")
     add = parser.add_argument_group("finetuning recipe").add_argument
@@ -83,13 +86,18 @@ def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namesp
 
     def inherit(chosen: argparse.Namespace) -> dict:
         if chosen.from_scratch:
-            return PRESETS[chosen.preset or "digits"]["scratch"]
+            if chosen.eval:
+                raise ValueError("--eval --from-scratch would evaluate random weights: give a --checkpoint")
+            return PRESETS[chosen.preset or ("folder" if chosen.data else "digits")]["scratch"]
         path = chosen.checkpoint or newest_finished("finetune" if chosen.eval else "pretrain")
         loaded.update(train.load_checkpoint(path))
         if given := [f"--{name.replace('_', '-')}" for name in SHAPE if getattr(chosen, name) is not None]:
             raise ValueError(f"{', '.join(given)}: {path} has settled that; leave it out, or train --from-scratch")
-        args = loaded.get("config", {}).get("args", {})
-        usual = train.PRESETS.get(args.get("preset"), {})
+        config = loaded.get("config", {})
+        if not config and not chosen.preset:
+            raise ValueError(f"{path} is a released file: say how it was trained, with --preset imagenet-base for one")
+        args = config.get("args", {})
+        usual = train.PRESETS.get(args.get("preset"), {}) if config.get("stage") == "pretrain" else {}
         usual = usual | dict(image_size=train.pair(usual["image_size"])) if usual else {}
         names = ("preset", "data", "image_size", "flip", "directions", "pool", *SHAPE)
         return dict(checkpoint=path) | {k: args[k] for k in names if k in args and args[k] != usual.get(k)}
@@ -134,9 +142,11 @@ def build_model(args: argparse.Namespace, checkpoint: dict | None, mode: str, cl
                     first = len(value) // args.directions
                     value[first:] = fresh[name][first:]
         return model
+    if args.fresh_directions:
+        raise ValueError(f"--fresh-directions: {args.checkpoint} is no pretrained model, leave it out")
     if dict(directions=model.directions, pool=model.pool) != shape:
         raise ValueError(f"{args.checkpoint} has {model.directions} directions and pool {model.pool}: leave these out")
-    if model.num_classes != len(classes):
+    if model.num_classes != len(classes) and not args.probe:
         wanted = f"a file of its {model.num_classes} folder names in label order"
         raise ValueError(f"{len(classes)} class names for {args.checkpoint}: give --class-list {wanted}")
     return model.resized(args.image_size, args.drop_path)
@@ -145,7 +155,7 @@ def build_model(args: argparse.Namespace, checkpoint: dict | None, mode: str, cl
 def known_classes(args: argparse.Namespace, checkpoint: dict | None, classes: list[str]) -> list[str]:
     """Names of what the model's logits stand for: a list, what a finetuned checkpoint says, or the data's folders."""
     if args.class_list:
-        return args.class_list.read_text().split()
+        return [name.strip() for name in args.class_list.read_text().splitlines() if name.strip()]
     config = (checkpoint or {}).get("config", {})
     return config["classes"] if config.get("stage", "pretrain") != "pretrain" else classes
 
@@ -180,22 +190,9 @@ def augmentation(args: argparse.Namespace, mode: str) -> list:
     steps = train.random_crop(args)
     if args.randaugment:  # 11 bins, so that magnitude 9 is 0.9 of full strength; the default 31 would make it 0.3
         fill = (124, 116, 104) if mode == "RGB" else (114,)
-        bicubic = v2.InterpolationMode.BICUBIC
-        steps.append(v2.RandAugment(2, magnitude=9, num_magnitude_bins=11, interpolation=bicubic, fill=fill))
+        steps.append(v2.RandAugment(2, magnitude=9, num_magnitude_bins=11, interpolation=BICUBIC, fill=fill))
     erase = v2.RandomErasing(args.erasing, (0.02, 1 / 3), (0.3, 10 / 3), value="random")
     return steps + train.to_tensor(mode) + ([erase] if args.erasing else [])
-
-
-class Cover:
-    """Resize a PIL image, its aspect ratio kept, so that `size` (height, width) is `ratio` of it in one direction."""
-
-    def __init__(self, size: tuple[int, int], ratio: float):
-        self.size, self.ratio = size, ratio
-
-    def __call__(self, image):
-        scale = max(self.size[0] / image.height, self.size[1] / image.width) / self.ratio
-        size = [round(image.height * scale), round(image.width * scale)]
-        return v2.functional.resize(image, size, v2.InterpolationMode.BICUBIC)
 
 
 def evaluation_transform(args: argparse.Namespace, mode: str) -> list:
@@ -203,8 +200,8 @@ def evaluation_transform(args: argparse.Namespace, mode: str) -> list:
     if train.dataset_name(args) == "digits":
         return train.random_crop(args) + train.to_tensor(mode)  # placed as in training; where, the seed fixes
     ratio = 1.0 if max(args.image_size) > 224 else args.eval_crop
-    squash = v2.Resize([round(side / ratio) for side in args.image_size], v2.InterpolationMode.BICUBIC)
-    resize = squash if args.eval_resize == "squash" else Cover(args.image_size, ratio)
+    squash = v2.Resize([round(side / ratio) for side in args.image_size], BICUBIC)
+    resize = squash if args.eval_resize == "squash" else v2.Resize(round(max(args.image_size) / ratio), BICUBIC)
     return [resize, v2.CenterCrop(args.image_size), *train.to_tensor(mode)]
 
 
@@ -226,17 +223,23 @@ def evaluate(
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         top1, top5, n = top1 + ranked[:, 0].sum().item(), top5 + ranked.sum().item(), n + (labels >= 0).sum().item()
     top1, top5, n = (train.sum_over_processes(x) for x in (top1, top5, n))
-    skipped = len(data) - int(n)
-    if skipped and (n == 0 or args.preset.startswith("imagenet")):
-        raise ValueError(f"{skipped} of {len(data)} test images are broken: repair them, a result needs them all")
-    return dict(top1=100 * top1 / n, top5=100 * top5 / n, images=int(n), skipped=skipped)
+    return dict(top1=100 * top1 / n, top5=100 * top5 / n) | counted(args, len(data), int(n))
+
+
+def counted(args: argparse.Namespace, all_images: int, images: int) -> dict:
+    """How many test images were used and skipped; ImageNet's numbers need all of them."""
+    skipped = all_images - images
+    if skipped and args.preset.startswith("imagenet"):
+        raise ValueError(f"{skipped} of {all_images} test images are broken: repair them, a result needs them all")
+    return dict(images=images, skipped=skipped)
 
 
 def probe(features, labelled: train.Seeded, held: train.Seeded, test: train.Seeded, args, device) -> dict:
-    """Top-1 in percent of scikit-learn's classifiers on features(images), standardised; settings chosen on `held`.
+    """Top-1 in percent of scikit-learn's classifiers on features(images); their settings are chosen on `held`.
 
     Digits, placed at random, are shown to the classifiers in five places each, and tested in one.
     """
+    from sklearn.base import clone
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
@@ -250,14 +253,15 @@ def probe(features, labelled: train.Seeded, held: train.Seeded, test: train.Seed
         x, y = (torch.cat(parts).numpy() for parts in zip(*pairs))
         return x[y >= 0], y[y >= 0]  # broken images have no label
 
-    fitted, held, test = arrays(labelled, 5 if train.dataset_name(args) == "digits" else 1), arrays(held), arrays(test)
-    knn = [KNeighborsClassifier(k, metric="cosine") for k in (1, 5, 20) if k <= len(fitted[0])]
+    n, places = len(test), 5 if train.dataset_name(args) == "digits" else 1
+    fitted, held, test = arrays(labelled, places), arrays(held), arrays(test)
+    knn = [KNeighborsClassifier(k, metric=x) for k in (1, 5, 20) if k <= len(fitted[0]) for x in ("l2", "cosine")]
     linear = [LogisticRegression(C=10.0**i, max_iter=3000) for i in range(-5, 2)]
     results = {}
     for name, models in dict(knn=knn, linear=linear).items():
-        models = [make_pipeline(StandardScaler(), model).fit(*fitted) for model in models]
+        models = [make_pipeline(*x, clone(m)).fit(*fitted) for m in models for x in ((), (StandardScaler(),))]
         results[name] = 100 * max(models, key=lambda model: model.score(*held)).score(*test)
-    return results | dict(images=len(test[0]), labels=len(labelled))
+    return results | counted(args, n, len(test[0])) | dict(labels=len(labelled))
 
 
 def layer_scale(depth: int, decay: float):
@@ -302,10 +306,10 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None) -> dict:
     images = train.load_images(args, train=True) if args.holdout or not args.eval else None
     test = images if args.holdout else train.load_images(args, train=False)
     classes, known = test.classes, known_classes(args, checkpoint, test.classes)
-    if not args.eval and not images.classes == classes == known:
+    if not args.eval and not images.classes == classes == (classes if args.probe else known):
         names = f"{images.classes} to train on, {classes} to test on, {known} in the checkpoint or list"
         raise ValueError(f"classes differ, {names}: make them the same")
-    columns = logit_columns(known, classes)
+    columns = logit_columns(known, classes) if not args.probe else None
     torch.manual_seed(train.seed_from("weights", args.seed))
     model = build_model(args, checkpoint, (images or test).mode, known).to(device)
     model.grad_checkpoint = args.grad_checkpoint
@@ -313,7 +317,9 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None) -> dict:
     labelled = held = []
     if images:
         images.mode = mode
-        holdout = args.holdout or (len(images) // 5 if args.probe else None)
+        if args.probe and args.holdout:
+            raise ValueError("--probe holds images out by itself, to choose its settings: leave --holdout out")
+        holdout = len(images) // 5 if args.probe else args.holdout
         labelled, held = pick(images.targets, args.labels, args.seed, holdout)
     stage = "eval" if args.eval else "probe" if args.probe else "scratch" if args.from_scratch else "finetune"
     run, steps = train.Run(args, stage), evaluation_transform(args, mode)
@@ -330,15 +336,17 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None) -> dict:
             args.batch_size = min(args.batch_size, len(labelled))
             data = train.Seeded(images, augmentation(args, mode), args.seed, labelled)
             seconds, ema = train_one(args, run, model, data, classes)
-            broken = int(train.sum_over_processes(float(data.broken.sum())))
-            results = dict(labels=len(labelled), steps=run.step, broken=broken)
+            results = dict(labels=len(labelled), steps=run.step, broken=run.broken)
         results |= evaluate(model, tested, args, device, columns) | dict(seconds=round(seconds, 1))
         if ema:
             results["ema"] = evaluate(ema.module, tested, args, device, columns)
     start = "from scratch" if args.from_scratch else f"from {args.checkpoint}"
     scores = dict(top1="top-1", top5="top-5", knn="nearest neighbours", linear="linear classifier")
-    said = ", ".join(f"{word} {results[name]:.1f} %" for name, word in scores.items() if name in results)
-    train.say(f"{start}: {said} of {results['images']} images; see {run.folder}/results.json")
+    for title, found in ((start, results), ("averaged weights", results.get("ema", {}))):
+        said = ", ".join(f"{word} {found[name]:.1f} %" for name, word in scores.items() if name in found)
+        if said:
+            train.say(f"{title}: {said} of {found['images']} images ({found['skipped']} skipped)")
+    train.say(f"see {run.folder}/results.json")
     return run.write_results(results | dict(parameters=train.count(model), args=vars(args)))
 
 
@@ -348,14 +356,14 @@ def main(argv: list[str] | None = None) -> dict:
     args, checkpoint = finetuning_arguments(argv)
     results = run_one(args, checkpoint)
     if args.compare and not (args.from_scratch or args.eval or args.probe):
-        recipe = PRESETS[args.preset]["scratch"] | dict(from_scratch=True, checkpoint=None)
-        scratch = argparse.Namespace(**vars(args) | recipe)
+        flags = {word.partition("=")[0] for word in argv}  # those override the recipe from scratch too
+        recipe = {k: v for k, v in PRESETS[args.preset]["scratch"].items() if f"--{k.replace('_', '-')}" not in flags}
+        scratch = argparse.Namespace(**vars(args) | recipe | dict(from_scratch=True, checkpoint=None))
         scratch.output_dir = args.output_dir and args.output_dir / "from-scratch"
         results["scratch"] = run_one(scratch, None)
         gain = results["top1"] - results["scratch"]["top1"]
-        train.say(
-            f"pretraining: {gain:+.1f} points over the same training from scratch, {results['labels']} labels, one seed"
-        )
+        setting = f"the same training from scratch, {results['labels']} labels, one seed"
+        train.say(f"pretraining: {gain:+.1f} points over {setting}")
     return results
 
 

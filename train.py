@@ -20,9 +20,9 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads that spin stall a shared machine
 
 import argparse
+import errno
 import json
 import math
-import pickle
 import platform
 import shutil
 import signal
@@ -32,6 +32,7 @@ import zipfile
 import zlib
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields, replace
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -161,7 +162,7 @@ def pretraining_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 PIXELS = {"RGB": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), "L": ([0.449], [0.226])}  # mean, standard deviation
 
 
-class Digits(Dataset):
+class Digits(list):
     """scikit-learn's 1,797 real handwritten digits, 8x8 pixels; every fifth of each class is kept for testing."""
 
     classes = [str(i) for i in range(10)]
@@ -170,18 +171,11 @@ class Digits(Dataset):
         from sklearn.datasets import load_digits
 
         digits, seen = load_digits(), [0] * 10
-        self.images, self.targets = [], []
         for image, target in zip(digits.images, digits.target.tolist()):
             seen[target] += 1
             if train == (seen[target] % 5 > 0):
-                self.images.append(Image.fromarray((image * 255 / 16).round().astype("uint8")))
-                self.targets.append(target)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.images[index], self.targets[index]
+                self.append((Image.fromarray((image * 255 / 16).round().astype("uint8")), target))
+        self.targets = [target for _, target in self]
 
 
 class Folder(datasets.ImageFolder):
@@ -219,7 +213,7 @@ def load_images(args: argparse.Namespace, train: bool) -> Dataset:
     for i in range(0, len(data), -(-len(data) // 8)):
         with suppress(Exception):  # broken images are dealt with when they are used
             modes.add(data[i][0].mode)
-    data.mode = "L" if modes and modes <= {"1", "L", "LA", "I", "I;16"} else "RGB"
+    data.mode = "L" if modes and modes <= {"1", "L", "LA", "I", "I;16", "I;16B"} else "RGB"
     return data
 
 
@@ -231,7 +225,7 @@ def open_upright(path: str) -> Image.Image:
 def plain(image: Image.Image, mode: str) -> Image.Image:
     """Any kind of image as 8-bit "L" or "RGB": 16 bits are scaled down, what is transparent shows white."""
     if image.mode.startswith("I"):
-        image = image.point(lambda value: value / 256).convert("L")
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -281,19 +275,18 @@ class Seeded(Dataset):
             if self.exact:
                 return self.transform(Image.new(self.data.mode, (8, 8))), -1
             i = (i + 1) % len(self)
-        state = torch.get_rng_state()
-        try:
+        with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_from("augment", self.seed, epoch, self.indices[i]))
             return self.transform(item[0]), item[1]
-        finally:
-            torch.set_rng_state(state)
 
     def read(self, index: int) -> tuple[Image.Image, int] | None:
         """An image and its label; None if it is broken."""
         try:
             image, label = self.data[index]
             return plain(image, self.data.mode), label
-        except Exception as error:  # whatever a decoder may raise
+        except Exception as error:  # whatever a decoder may raise, but not what memory or storage do
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT):
+                raise
             root, files = getattr(self.data, "root", "."), getattr(self.data, "samples", None)
             if not os.path.exists(root):
                 raise ValueError(f"the data folder {root} has vanished: bring it back, and --resume") from None
@@ -302,9 +295,8 @@ class Seeded(Dataset):
                 print(f"broken image {files[index][0] if files else index}: {error}", flush=True)
             if not self.exact and self.broken.sum() > 0.05 * len(self):
                 names = [files[i][0] if files else str(i) for i in self.broken.nonzero().flatten().tolist()]
-                raise ValueError(
-                    f"{len(names)} of {len(self)} images are broken, more than 5 %; repair or remove {', '.join(names)}"
-                ) from None
+                many = f"{len(names)} of {len(self)} images are broken, more than 5 %"
+                raise ValueError(f"{many}; repair or remove {', '.join(names)}") from None
 
 
 class TrainingBatches:
@@ -400,7 +392,10 @@ def set_up(args: argparse.Namespace) -> torch.device:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    args.batch_size = args.batch_size or args.effective_batch // (args.accum * world_size())
+    shares = args.accum * world_size()
+    args.batch_size = args.batch_size or args.effective_batch // shares
+    if args.batch_size < 1:
+        raise ValueError(f"--effective-batch {args.effective_batch} does not fill {shares} forward passes: raise it")
     return torch.device(args.device)
 
 
@@ -435,7 +430,7 @@ def run_script(main) -> None:
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory: lower --batch-size (--accum keeps the effective batch), --grad-checkpoint")
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):
             raise
         sys.exit(f"error: {str(error).splitlines()[0]} Is memory short? Lower --num-workers, and go on with --resume")
     finally:
@@ -452,11 +447,14 @@ def load_checkpoint(path: Path | str) -> dict:
         if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch.load does not look
             raise RuntimeError(f"the checksum of {part} is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise RuntimeError(f"it holds a {type(checkpoint).__name__}, not a dict")
+        return checkpoint
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint at {path}") from None
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever reading something else may raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is damaged, or no checkpoint that can be trusted: {reason}") from None
 
 
@@ -475,26 +473,30 @@ class Run:
     def __init__(self, args: argparse.Namespace, stage: str):
         if args.resume and args.output_dir is None:
             raise ValueError("--resume needs --output-dir, the folder of the run to go on with")
-        stem = Path("runs") / f"{stage}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-        fresh = (f"{stem}{'-' if i else ''}{i or ''}" for i in range(1000))
-        self.folder = args.output_dir or next(Path(name) for name in fresh if not Path(name).exists())
+        self.folder = args.output_dir or Path("runs", f"{stage}-{args.preset}-{datetime.now():%Y%m%d-%H%M%S-%f}")
         self.stage, self.device, self.saved_at = stage, args.device, time.monotonic()
-        self.signal = self.state = None
+        self.signal, self.state, self.damaged, self.broken = None, None, [], 0
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.folder / "log.jsonl", "a+")
             try:  # a lock that ends with this process, and that data loading processes do not inherit
                 fcntl and fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except (BlockingIOError, PermissionError):
                 raise ValueError(f"another live run writes to {self.folder}: give another --output-dir") from None
+            except OSError as error:
+                say(f"no lock on {self.folder} ({error}): do not start a second run in it")
+            (self.folder / "last.pt.tmp").unlink(missing_ok=True)
         self.checkpoints = [path for name in ("last.pt", "previous.pt") if (path := self.folder / name).exists()]
         if self.checkpoints and not args.resume:
             raise ValueError(f"{self.folder} holds a run: add --resume to go on, or give another --output-dir")
-        for path in self.checkpoints:
+        for path in self.checkpoints if args.resume else ():
             try:
                 self.state = self.state or load_checkpoint(path)
             except ValueError as error:
                 say(error)
+                self.damaged.append(path)
+        if self.damaged and not self.state:
+            raise ValueError(f"{self.folder} has no checkpoint that can be read: repair or remove {self.damaged[0]}")
         if args.resume and not self.state:
             say(f"nothing to resume in {self.folder}: starting afresh")
         self.step = self.state["step"] if self.state else 0
@@ -574,9 +576,11 @@ class Run:
                 temporary.unlink(missing_ok=True)
                 reason = f"{error.__cause__ or error.__context__ or error}".splitlines()[0]
                 raise OSError(f"cannot save step {state['step']} ({reason}); older checkpoints are intact") from None
-            if last.exists():
+            os.fsync(self.file.fileno())
+            if last.exists() and last not in self.damaged:
                 os.replace(last, self.folder / "previous.pt")
             os.replace(temporary, last)
+            self.damaged = []
         self.saved_at = time.monotonic()
         if sum_over_processes(float(self.signal is not None)) > 0:
             say(f"stopped by a signal, and saved; go on with the same flags, --output-dir {self.folder} and --resume")
@@ -585,8 +589,9 @@ class Run:
     def write_results(self, results: dict) -> dict:
         results |= dict(stage=self.stage) | circumstances(self.device)
         if rank() == 0:
-            text = json.dumps(results, indent=1, default=str)
-            (self.folder / "results.json").write_text(text + "\n")
+            temporary = self.folder / "results.json.tmp"
+            temporary.write_text(json.dumps(results, indent=1, default=str) + "\n")
+            os.replace(temporary, self.folder / "results.json")
         return results
 
 
@@ -602,6 +607,8 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
     steps, peak = args.max_steps or args.epochs * batches.per_epoch, args.base_lr * batches.effective / 256
     config |= dict(effective_batch=batches.effective, stage=run.stage)
     config |= dict(args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
+    if sum_over_processes(run.step) != run.step * world_size():
+        raise ValueError(f"processes found different checkpoints: put {run.folder} where all machines see it")
     before, device = run.restore(config, model, optimizer, ema), next(model.parameters()).device
     dtype = torch.get_default_dtype()
     run.need_space(sum(x.nbytes for x in model.parameters()) * (4 if ema else 3))
@@ -642,9 +649,8 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
             loss = sum_over_processes(loss) / world_size()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf).item()
             if not math.isfinite(loss + norm):
-                raise FloatingPointError(
-                    f"step {step}: loss {loss}, gradient norm {norm}, lr {lr:.3g}; lower --base-lr"
-                )
+                values = f"loss {loss}, gradient norm {norm}, lr {lr:.3g}"
+                raise FloatingPointError(f"step {step}: {values}; lower --base-lr")
             optimizer.step()
             optimizer.zero_grad()
             if ema:
@@ -653,12 +659,14 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
             seconds = time.monotonic() - began
             speed = batches.effective * (step + 1 - run.step) / seconds
             progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", images_per_s=f"{speed:.0f}", refresh=False)
-            run.log(
-                dict(step=step + 1, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, seconds=round(before + seconds, 2))
-            )
+            record = dict(step=step + 1, epoch=epoch, loss=loss, lr=lr, grad_norm=norm)
+            run.log(record | dict(seconds=round(before + seconds, 2)))
             if step + 1 == steps or run.due(args.save_every):
                 run.save(dict(step=step + 1, seconds=before + seconds, config=config), model, optimizer, ema)
-    run.step = steps
+    broken = data.broken.to(device, torch.uint8)
+    if world_size() > 1:
+        dist.all_reduce(broken, dist.ReduceOp.MAX)
+    run.step, run.broken = steps, int(broken.count_nonzero())
     return before + time.monotonic() - began
 
 
@@ -740,13 +748,13 @@ def main(argv: list[str] | None = None) -> dict:
 
     records, shown = run.records(), torch.stack([data[len(data) * i // 4][0] for i in range(4)])
     loss_figure(records).savefig(run.folder / "loss.png", dpi=120)
-    prediction_figure(arm.eval(), shown.to(device), images.mode).savefig(run.folder / "predictions.png", dpi=120)
+    shown = shown.to(device, torch.get_default_dtype())
+    prediction_figure(arm.eval(), shown, images.mode).savefig(run.folder / "predictions.png", dpi=120)
     plt.close("all")
     say(f"done in {seconds:.0f} s: loss {records[-1]['loss']:.4f}; look at {run.folder}/predictions.png")
     say(f"next: python finetune.py --checkpoint {run.folder}/last.pt")
     results = dict(loss=records[-1]["loss"], seconds=round(seconds, 1), parameters=count(arm), args=vars(args))
-    results |= dict(broken=int(data.broken.sum()))
-    return run.write_results(results)
+    return run.write_results(results | dict(broken=run.broken))
 
 
 if __name__ == "__main__":

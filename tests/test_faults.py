@@ -1,5 +1,6 @@
 """What can go wrong in a long run, done on purpose: what the user is told, and that nothing is lost."""
 
+import errno
 import functools
 import json
 import multiprocessing
@@ -236,6 +237,39 @@ def test_too_little_space_and_bad_folders_are_said_at_the_start(monkeypatch):
     assert log("run") == []
 
 
+def test_checkpoints_that_cannot_be_read_are_not_overwritten():
+    pretrain("--save-every", 0, "--output-dir", "run")
+    for name, data in (("last.pt", b""), ("previous.pt", b"no checkpoint")):
+        Path("run", name).write_bytes(data)
+    lines = log("run")
+    message = says(lambda: pretrain("--output-dir", "run", "--resume"))
+    assert "run has no checkpoint that can be read: repair or remove run/last.pt" in message and log("run") == lines
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_the_good_one(monkeypatch):
+    pretrain("--save-every", 0, "--output-dir", "run")
+    good = Path("run/previous.pt").read_bytes()
+    Path("run/last.pt").write_bytes(b"")
+    renamed, replace = [], os.replace
+
+    def watch(source, target):
+        renamed.append((Path(source).name, Path(target).name))
+        assert Path("run/previous.pt").read_bytes() == good  # at any moment at which the power may go
+        replace(source, target)
+
+    monkeypatch.setattr(train.os, "replace", watch)
+    pretrain("--output-dir", "run", "--resume")
+    assert renamed == [("last.pt.tmp", "last.pt"), ("results.json.tmp", "results.json")]
+
+
+def test_storage_that_fails_is_no_broken_image(monkeypatch):
+    def read(images, index):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(train.Digits, "__getitem__", read)
+    assert "Input/output error" in says(lambda: pretrain("--num-workers", 0, "--output-dir", "run"))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Slow
 
@@ -279,6 +313,7 @@ def test_killed_thirty_times_it_ends_the_same(capsys):
 def test_the_readmes_batch_job_stops_in_time_and_goes_on(tmp_path):
     job = re.search(r"```bash scheduler\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     job = job.replace("--nproc-per-node 8", "--nproc-per-node 2").replace("train.py", str(ROOT / "train.py"))
+    job = job.replace("$SECONDS -lt 3600", "$SECONDS -lt 1")
     tiny = " ".join([*TINY, "--batch-size", "4", "--max-steps", "60"])
     assert "--preset imagenet-base --data IMAGENET" in job
     Path("job.sh").write_text(job.replace("--preset imagenet-base --data IMAGENET", tiny))
@@ -295,7 +330,7 @@ def test_the_readmes_batch_job_stops_in_time_and_goes_on(tmp_path):
     while not (Path("runs/base/log.jsonl").exists() and len(log("runs/base")) > 3):
         assert first.poll() is None
         time.sleep(0.1)
-    first.send_signal(signal.SIGUSR1)  # as Slurm does, to the batch shell alone
+    subprocess.run(["pkill", "-TERM", "-P", str(first.pid)], check=True)  # as Slurm does: the steps, not the shell
     first.wait(60)
     assert Path("requeued").read_text() == "77\n" and 3 < load("runs/base/last.pt")["step"] < 60
     assert start().wait(120) == 0

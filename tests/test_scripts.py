@@ -143,7 +143,7 @@ def test_the_papers_finetuning_recipe(name, decay, drop):
     args.eval_resize = "squash"
     assert evaluated(args, 320, 500) == (384, 384, 384, 384)
     args.image_size, args.eval_resize = (112, 224), "keep"
-    assert evaluated(args, 320, 500) == (164, 256, 112, 224)
+    assert evaluated(args, 320, 500) == (256, 400, 112, 224)
 
 
 def evaluated(args, height, width):
@@ -205,7 +205,7 @@ def test_digits_are_split_by_class_without_overlap():
         assert len(counts) == 10 and counts.max() - counts.min() <= 0.06 * len(part)
     from sklearn.datasets import load_digits
 
-    pixels = sorted(np.asarray(image).tobytes() for part in parts for image in part.images)
+    pixels = sorted(np.asarray(image).tobytes() for part in parts for image, _ in part)
     assert pixels == sorted((x * 255 / 16).round().astype("uint8").tobytes() for x in load_digits().images)
 
 
@@ -491,6 +491,34 @@ def test_finetuning_from_the_newest_run_and_evaluating_it(capsys):
     ).keys()
 
 
+def test_recipes_go_by_the_preset_and_flags_override_them(tmp_path):
+    root = make_folder(tmp_path / "photos")
+    args, _ = finetune.finetuning_arguments(["--from-scratch", "--data", root])
+    assert (args.preset, args.base_lr, args.layer_decay) == ("folder", 4e-3, 1.0)
+    pretrain("--output-dir", "runs/p")
+    results = finetune.main([*TINY, "--compare", "--base-lr=0.01", "--output-dir", "out"])
+    assert results["args"]["base_lr"] == results["scratch"]["args"]["base_lr"] == 0.01
+    assert (results["args"]["layer_decay"], results["scratch"]["args"]["layer_decay"]) == (0.8, 1.0)
+    for wrong in (["--checkpoint", "x", "--from-scratch"], ["--eval", "--probe", "pixels"]):
+        with pytest.raises(SystemExit):
+            finetune.finetuning_arguments(wrong)
+    with pytest.raises(ValueError, match="would evaluate random weights"):
+        classify("--eval", "--from-scratch")
+    with pytest.raises(ValueError, match="leave --holdout out"):
+        classify("--probe", "pixels", "--from-scratch", "--holdout", 100)
+    with pytest.raises(ValueError, match="--fresh-directions: out/last.pt is no pretrained model"):
+        classify("--checkpoint", "out/last.pt", "--fresh-directions")
+
+
+def test_the_size_to_evaluate_at_is_the_classifiers(tmp_path):
+    classify("--from-scratch", "--image-size", 16, "--patch-size", 4, "--output-dir", "ft")
+    args, _ = finetune.finetuning_arguments(["--checkpoint", "ft/last.pt", "--eval"])
+    assert args.image_size == (16, 16)
+    torch.save({"ar_token": torch.zeros(1)}, "released.pth")
+    with pytest.raises(ValueError, match="released.pth is a released file: say how it was trained, with --preset"):
+        finetune.finetuning_arguments(["--eval", "--checkpoint", "released.pth"])
+
+
 def test_comparison_trains_both_with_their_own_recipe(capsys):
     pretrain("--output-dir", "runs/p")
     results = finetune.main([*TINY, "--compare", "--output-dir", "out"])
@@ -629,7 +657,7 @@ def test_a_class_list_restricts_and_orders_the_logits(tmp_path, monkeypatch):
     assert train.Folder(str(tmp_path / "photos-0-1-2-3-4-5-6-7-8-9/val")).classes == list(map(str, range(10)))
     with pytest.raises(ValueError, match="does not know the classes 10, n11: remove them"):
         finetune.logit_columns(names, ["n02", "n11", "10"])
-    Path("classes.txt").write_text("n02 n05 n08")
+    Path("classes.txt").write_text("n02\nn05\nn08")
     with pytest.raises(ValueError, match="3 class names for released.pth: give --class-list"):
         top1(("n05", "n02", "n08"))
 
