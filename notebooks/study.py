@@ -79,11 +79,11 @@ STUDIES = {
     },
     "order": {order: ((() if order == "row" else ("--order", order)), ()) for order in ORDERS},
     "directions": {
-        "pretrained, four directions, copied": ((), ()),
-        "pretrained, four directions, three of them fresh": ((), ("--fresh-directions",)),
-        "pretrained, one direction": ((), ("--directions", 1)),
-        "from scratch, four directions": (None, ()),
-        "from scratch, one direction": (None, ("--directions", 1)),
+        "pretrained: four directions, copied": ((), ()),
+        "pretrained: four directions, three of them fresh": ((), ("--fresh-directions",)),
+        "pretrained: one direction": ((), ("--directions", 1)),
+        "from scratch: four directions": (None, ()),
+        "from scratch: one direction": (None, ("--directions", 1)),
     },
     "size": {
         f"{name}: {start}": (None if start == "from scratch" else flags, flags if start == "from scratch" else ())

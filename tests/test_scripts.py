@@ -357,6 +357,7 @@ def test_without_output_dir_every_run_has_its_own_folder():
     assert len(list(Path("runs").iterdir())) == 2
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 @pytest.mark.parametrize("stop_at", [1, 4])
 def test_a_run_stopped_by_a_signal_resumes_to_the_very_same_weights(stop_at, monkeypatch):
     flags = ["--accum", 2, "--num-workers", 1]
@@ -514,6 +515,12 @@ def test_the_size_to_evaluate_at_is_the_classifiers(tmp_path):
     classify("--from-scratch", "--image-size", 16, "--patch-size", 4, "--output-dir", "ft")
     args, _ = finetune.finetuning_arguments(["--checkpoint", "ft/last.pt", "--eval"])
     assert args.image_size == (16, 16)
+    trained = dict(stage="finetune", args=dict(preset="imagenet-base", image_size=(192, 192)))  # as pretraining has it
+    torch.save(dict(config=trained), "other.pt")
+    assert finetune.finetuning_arguments(["--checkpoint", "other.pt", "--eval"])[0].image_size == (192, 192)
+    trained["stage"] = "pretrain"
+    torch.save(dict(config=trained), "other.pt")
+    assert finetune.finetuning_arguments(["--checkpoint", "other.pt"])[0].image_size == (224, 224)
     torch.save({"ar_token": torch.zeros(1)}, "released.pth")
     with pytest.raises(ValueError, match="released.pth is a released file: say how it was trained, with --preset"):
         finetune.finetuning_arguments(["--eval", "--checkpoint", "released.pth"])
@@ -702,7 +709,8 @@ def test_probes_of_frozen_features(tmp_path):
     args.batch_size = 10
     pixels = finetune.probe(features, *parts, args, torch.device("cpu"))
     by_script = classify("--probe", "pixels", "--from-scratch", "--labels", 50)
-    assert by_script["knn"] != results["knn"] and by_script["images"] == 355
+    other = classify("--probe", "pixels", "--checkpoint", "run/last.pt", "--labels", 50)  # the model does not matter
+    assert by_script["images"] == 355 and all(by_script[x] == other[x] != results[x] for x in ("knn", "linear"))
     assert sum(seen) == 5 * 40 + 20 + 30 and pixels["images"] == 30
     assert 10 < pixels["linear"] <= 100
 
@@ -729,8 +737,11 @@ def test_the_default_run_shows_the_claim():
     script("train.py")
     said = script("finetune.py").stdout
     pretrained, scratch = (float(x) for x in re.findall(r"top-1 ([\d.]+) %", said))
-    assert pretrained > scratch + 2, said  # by 14.4 when this was written; by 5 to 14 over the seeds of README's table
-    assert f"{pretrained - scratch:+.1f} points over" in said or abs(pretrained - scratch) < 0.2
+    assert pretrained > scratch + 2, (
+        said
+    )  # by 8.2 when this was written; by 3.7 to 12.1 over the seeds of README's table
+    gain = float(re.search(r"pretraining: \+([\d.]+) points over", said)[1])
+    assert abs(gain - (pretrained - scratch)) < 0.11  # of rounded numbers
 
 
 def on_two(script, *flags):
