@@ -218,9 +218,9 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> tuple[Tensor, Tensor, to
     B, C = (x[:, None] if x.ndim == 3 else x for x in (B, C))
     (b, d, l), n, g = u.shape, A.shape[1], B.shape[1] if B.ndim == 4 else 1
     _require(g > 0 and d % g == 0, f"{d} channels do not divide into {g} groups: d % g must be 0")
-    shapes = {"u": (b, d, l), "delta": (b, d, l), "A": (d, n), "B": (b, g, n, l), "C": (b, g, n, l)}
-    shapes |= {"D": (d,), "z": (b, d, l), "delta_bias": (d,)}
-    for (name, shape), x in zip(shapes.items(), (u, delta, A, B, C, D, z, delta_bias)):
+    names, tensors = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias"), (u, delta, A, B, C, D, z, delta_bias)
+    shapes = (b, d, l), (b, d, l), (d, n), (b, g, n, l), (b, g, n, l), (d,), (b, d, l), (d,)
+    for name, shape, x in zip(names, shapes, tensors):
         if x is not None:
             _require(x.shape == shape, f"{name} has shape {tuple(x.shape)}: to fit u {(b, d, l)}, make it {shape}")
             _require(x.is_floating_point(), f"{name} has dtype {x.dtype}: it must be real floating point")
