@@ -27,23 +27,18 @@ from armamba import ARM, DIRECTIONAL, ARMConfig, VisionMamba, load_official
 
 # `scratch` holds what differs when training from scratch: no layer-wise decay, since there is nothing below to protect;
 # for digits also a rate of its own. Both of digits' rates were chosen on held-out images (notebooks/study.py tune).
-IMAGENET = dict(
-    image_size=224, min_crop=0.08, epochs=100, warmup_epochs=5, effective_batch=1024, base_lr=5e-4, min_lr=1e-6
-)
+IMAGENET = dict(image_size=224, epochs=100, warmup_epochs=5, effective_batch=1024, base_lr=5e-4, min_lr=1e-6)
 IMAGENET |= dict(layer_decay=0.65, drop_path=0.1, ema=0.99992, randaugment=True, erasing=0.25, mixup=0.8, cutmix=1.0)
-IMAGENET |= dict(eval_crop=0.875, scratch=dict(layer_decay=1.0))
+IMAGENET |= dict(min_crop=0.08, eval_crop=0.875, scratch=dict(layer_decay=1.0))
 DIGITS = dict(labels=100, epochs=50, warmup_epochs=5, effective_batch=32, base_lr=8e-2, layer_decay=0.8)
 DIGITS |= dict(compare=True, scratch=dict(layer_decay=1.0, base_lr=4e-2))
 FASHION = dict(epochs=20, warmup_epochs=2, effective_batch=64, base_lr=2e-2, layer_decay=0.8)
 FASHION |= dict(scratch=dict(layer_decay=1.0, base_lr=2e-2))
 SMALL = dict(epochs=20, warmup_epochs=2, effective_batch=64, base_lr=4e-3, drop_path=0.1, layer_decay=0.75, mixup=0.8)
 SMALL |= dict(cutmix=1.0, scratch=dict(layer_decay=1.0))
-LARGE = IMAGENET | dict(layer_decay=0.75, drop_path=0.3)
-PRESETS = dict(
-    zip(train.PRESETS, (DIGITS, FASHION, SMALL, SMALL, IMAGENET, LARGE, LARGE))
-)  # huge is unpublished: large's
-PRESETS = {name: train.PRESETS[name] | preset for name, preset in PRESETS.items()}
-
+LARGE = IMAGENET | dict(layer_decay=0.75, drop_path=0.3)  # also huge's, which is not published
+PRESETS = zip(train.PRESETS.items(), (DIGITS, FASHION, SMALL, SMALL, IMAGENET, LARGE, LARGE), strict=True)
+PRESETS = {name: pretraining | preset for (name, pretraining), preset in PRESETS}
 
 BICUBIC = v2.InterpolationMode.BICUBIC
 SHAPE = ("variant", "d_model", "depth", "d_state", "patch_size", "cluster_size")  # what a checkpoint has settled
