@@ -43,8 +43,8 @@ STUDIES = {
         "nearest neighbours on pixels": (None, PIXELS),
         "logistic regression on pixels": (None, PIXELS),
         "from scratch, the time of both stages": (None, ("--max-steps", 915)),  # 1260 * 0.085 s / 0.14 s + 150
-        "pretrained, twice the finetuning": ((), TWICE),
-        "from scratch, twice the finetuning": (None, TWICE),
+        "twice the finetuning: pretrained": ((), TWICE),
+        "twice the finetuning: from scratch": (None, TWICE),
     },
     "fashion-tune": {
         f"{name}, base lr {lr}": (flags, (*FASHION, *FASHION_HELD, "--base-lr", lr))

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import armamba
 import finetune
 import train
 from armamba import ARM, VARIANTS, ARMConfig, VisionMamba, to_official
@@ -461,9 +462,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(monkey
     assert Path("run/last.pt").read_bytes() == kept and not Path("other/last.pt").exists()
 
 
-@pytest.mark.parametrize(
-    "flags", [["--order", "random", "--cluster-size", 3], ["--no-norm-pix"], ["--grad-checkpoint"]]
-)
+def test_grad_checkpoint_recomputes_every_block_and_changes_nothing(monkeypatch):
+    calls, recompute = [], armamba.checkpoint
+    monkeypatch.setattr(armamba, "checkpoint", lambda *x, **options: calls.append(1) or recompute(*x, **options))
+    pretrain("--output-dir", "plain")
+    assert not calls
+    pretrain("--output-dir", "run", "--grad-checkpoint")
+    assert len(calls) == 6 * 4 and log("run") == log("plain")  # steps, blocks
+
+
+@pytest.mark.parametrize("flags", [["--order", "random", "--cluster-size", 3], ["--no-norm-pix"]])
 def test_options_of_the_objective(flags):
     results = pretrain(*flags, "--output-dir", "run")
     assert math.isfinite(results["loss"])
