@@ -288,7 +288,7 @@ def _scan(u, delta, A, B, C, D, bias, softplus, kernel, save):
             h_i = torch.mul(delta_i, A_log2e, out=buffer[: len(u_i)]).exp2_()  # decays; the loop makes them states
             for h_t, x_t, B_t in zip(h_i.unbind(), (delta_i * u_i).unbind(), B_i.mT.unbind()):
                 h = h_t.mul_(h).addcmul_(x_t, B_t)
-            y_i.copy_((C_i @ h_i).addcmul_(D, u_i))
+            torch.addcmul(C_i @ h_i, D, u_i, out=y_i)
     return y, h.clone().mT.reshape(b, d, n), entries  # a clone, so that the buffer can go
 
 
@@ -310,6 +310,7 @@ def _scan_backward(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
         dA, carry = (A.new_zeros(b, g, n, d // g) for _ in range(2))  # carry: exp(delta_{t+1} A) G_{t+1}
         dD, dbias = torch.zeros_like(D), torch.zeros_like(D)
         buffers = [A.new_empty(m, b, g, n, d // g) for m in (steps, steps, steps + 1)]
+        decays, Gs, hs = (x.unbind() for x in buffers)
         sequences = u, delta, B, C, *(_time_first(x, g) for x in (grad, du, ddelta, dB, dC))
         for chunk in reversed(list(zip(saved, *(x.split(steps) for x in sequences), strict=True))):
             entry, u_i, delta_i, B_i, C_i, grad_i, du_i, ddelta_i, dB_i, dC_i = chunk
@@ -317,11 +318,11 @@ def _scan_backward(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
             delta_i = F.softplus(raw_i) if softplus else raw_i
             x_i, m = delta_i * u_i, len(u_i)
             decay, G, h = buffers[0][:m], buffers[1][:m], buffers[2][: m + 1]  # h_0 is the state before the chunk
-            decays, Gs, hs = decay.unbind(), G.unbind(), h.unbind()
             torch.mul(delta_i, A_log2e, out=decay).exp2_()
             hs[0].copy_(entry)
-            for t, (x_t, B_t) in enumerate(zip(x_i.unbind(), B_i.mT.unbind())):
-                torch.mul(decays[t], hs[t], out=hs[t + 1]).addcmul_(x_t, B_t)
+            torch.mul(x_i, B_i.mT, out=h[1:])
+            for t in range(m):
+                hs[t + 1].addcmul_(decays[t], hs[t])
             for t, grad_t, C_t in zip(reversed(range(m)), reversed(grad_i.unbind()), reversed(C_i.mT.unbind())):
                 torch.addcmul(carry, grad_t, C_t, out=Gs[t])
                 carry = decays[t].mul_(Gs[t])
@@ -333,7 +334,7 @@ def _scan_backward(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
             dB_i.copy_(x_i @ G.mT)
             dC_i.copy_(grad_i @ h[1:].mT)
             dD += (grad_i * u_i).sum((0, 1))
-            du_i.copy_((delta_i * dx).addcmul_(D, grad_i))
+            torch.addcmul(delta_i * dx, D, grad_i, out=du_i)
             dx = W.mul_(A).sum(-2, keepdim=True).addcmul_(u_i, dx)  # of delta, softplus included
             dx = dx.mul_(raw_i.sigmoid()) if softplus else dx
             dbias += dx.sum((0, 1))
