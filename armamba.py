@@ -320,9 +320,8 @@ def _scan_backward(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
             decay, G, h = buffers[0][:m], buffers[1][:m], buffers[2][: m + 1]  # h_0 is the state before the chunk
             torch.mul(delta_i, A_log2e, out=decay).exp2_()
             hs[0].copy_(entry)
-            torch.mul(x_i, B_i.mT, out=h[1:])
-            for t in range(m):
-                hs[t + 1].addcmul_(decays[t], hs[t])
+            for t, (x_t, B_t) in enumerate(zip(x_i.unbind(), B_i.mT.unbind())):
+                torch.mul(decays[t], hs[t], out=hs[t + 1]).addcmul_(x_t, B_t)
             for t, grad_t, C_t in zip(reversed(range(m)), reversed(grad_i.unbind()), reversed(C_i.mT.unbind())):
                 torch.addcmul(carry, grad_t, C_t, out=Gs[t])
                 carry = decays[t].mul_(Gs[t])
