@@ -375,7 +375,16 @@ def _scan_grad(ctx, grad, *_):
 _scan.register_autograd(_scan_grad, setup_context=_scan_setup)
 
 
-@functools.cache
+def _once(probe):
+    """Ask a question about this machine once. To torch.compile the answer is a constant, as by its own
+    assume_constant_result, which would import the compiler; a plain functools.cache it would trace through."""
+    cached = functools.cache(probe)
+    once = functools.wraps(probe)(lambda *args: cached(*args))
+    once._dynamo_marked_constant, once.cache_clear = True, cached.cache_clear
+    return once
+
+
+@_once
 def scan_backend(device_type: str) -> tuple[str, str]:
     """What `selective_scan` uses on "cuda", "cpu", ...: "kernel" or "torch", and why. Said once in the log."""
     name, why, level = "torch", "the mamba-ssm kernel runs on CUDA GPUs only", logging.INFO
@@ -437,7 +446,7 @@ def selective_scan(
 # --- Mixer and block --------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+@_once
 def _conv_kernel():
     """The causal-conv1d package's function, or None if it is not there or does not work."""
     try:
@@ -446,10 +455,6 @@ def _conv_kernel():
         return conv
     except Exception:  # whatever a foreign extension may raise
         return None
-
-
-# constants to torch.compile, as by its assume_constant_result, but that imports the compiler
-scan_backend._dynamo_marked_constant = _conv_kernel._dynamo_marked_constant = True
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What can go wrong in a long run, done on purpose: what the user is told, and that nothing is lost."""
 
+import contextlib
 import errno
 import functools
 import json
@@ -306,6 +307,46 @@ def test_killed_thirty_times_it_ends_the_same(capsys):
         assert same(load("parts/last.pt")[key], load("whole/last.pt")[key]), key
     whole, parts = (json.loads(Path(x, "results.json").read_text()) for x in ("whole", "parts"))
     assert whole["top1"] == parts["top1"] and whole["ema"] == parts["ema"]
+
+
+def two_processes(*flags, limit="unlimited"):
+    """Start train.py on two processes that may write files of at most `limit` KiB."""
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 {ROOT / 'train.py'}"
+    command = f"ulimit -f {limit}; exec {torchrun} {' '.join(map(str, flags))}"
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(["bash", "-c", command], env=os.environ | dict(OMP_NUM_THREADS="1"), **options)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process by its environment in /proc")
+@pytest.mark.parametrize("dies", [0, 1])
+def test_when_one_of_two_processes_is_killed_the_run_ends_and_can_go_on(dies):
+    flags = ["--device", "cpu", "--batch-size", 8, "--max-steps", 40, "--save-every", 0]
+    two_processes(*flags, "--output-dir", "whole").communicate(timeout=300)
+    run = two_processes(*flags, "--output-dir", "parts")
+    while not (Path("parts/log.jsonl").exists() and len(Path("parts/log.jsonl").read_text().splitlines()) > 3):
+        assert run.poll() is None
+        time.sleep(0.02)
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            here = os.readlink(path / "cwd") == os.getcwd()
+            if here and f"RANK={dies}" in (path / "environ").read_text().split("\0"):
+                os.kill(int(path.name), signal.SIGKILL)
+    run.communicate(timeout=90)
+    assert run.returncode != 0 and 3 <= load("parts/last.pt")["step"] < 40
+    two_processes(*flags, "--output-dir", "parts", "--resume").communicate(timeout=300)
+    assert log("parts") == log("whole") and same(load("parts/last.pt")["model"], load("whole/last.pt")["model"])
+
+
+@pytest.mark.slow
+@posix
+def test_when_one_of_two_processes_cannot_save_the_run_ends_with_the_reason():
+    """Only the first process writes; the other must not wait for it for ever."""
+    pretrain("--output-dir", "small")
+    limit = Path("small/last.pt").stat().st_size // 2048
+    run = two_processes("--device", "cpu", "--batch-size", 8, "--output-dir", "run", "--save-every", 0, limit=limit)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode != 0 and "cannot save step 1 (" in output and not list(Path("run").glob("*.pt*"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """train.py and finetune.py: recipes, data, determinism, checkpoints, and both scripts from end to end."""
 
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -469,6 +470,20 @@ def test_grad_checkpoint_recomputes_every_block_and_changes_nothing(monkeypatch)
     assert not calls
     pretrain("--output-dir", "run", "--grad-checkpoint")
     assert len(calls) == 6 * 4 and log("run") == log("plain")  # steps, blocks
+
+
+def test_compile_changes_neither_losses_nor_names(monkeypatch):
+    """The whole path but for the code generator, which needs a C++ compiler and minutes."""
+    pretrain("--output-dir", "plain")
+    classify("--output-dir", "plain-ft", "--checkpoint", "plain/last.pt")
+    compiled, compile = [], functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or compile(model))
+    pretrain("--output-dir", "run", "--compile")
+    classify("--output-dir", "run-ft", "--checkpoint", "plain/last.pt", "--compile")
+    assert [type(model) for model in compiled] == [ARM, VisionMamba]
+    for stage in ("", "-ft"):
+        np.testing.assert_allclose(log(f"run{stage}"), log(f"plain{stage}"), rtol=1e-3)
+        assert load(f"run{stage}/last.pt")["model"].keys() == load(f"plain{stage}/last.pt")["model"].keys()
 
 
 @pytest.mark.parametrize("flags", [["--order", "random", "--cluster-size", 3], ["--no-norm-pix"]])
