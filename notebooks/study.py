@@ -23,20 +23,30 @@ sys.path.insert(0, str(ROOT))
 
 from armamba import ORDERS
 
-HELD, RATES = ("--holdout", 300), ("2e-2", "4e-2", "8e-2", "1.6e-1")
-PIXELS, FEATURES, TWICE = ("--probe", "pixels"), ("--probe", "features"), ("--max-steps", 300)
+HELD, PIXELS, FEATURES, TWICE = ("--holdout", 300), ("--probe", "pixels"), ("--probe", "features"), ("--max-steps", 300)
 
 # Fashion-MNIST: 10,000 images with labels, or some of them, and 60,000 without; 2,000 others to choose rates
 FASHION, FASHION_HELD = ("--preset", "fashion-mnist"), ("--labels", 1000, "--max-steps", 300, "--holdout", 2000)
-BUDGETS = {100: 200, 1000: 300, 10000: 600}  # labels: finetuning steps
-FASHION_TOTAL = 500  # more steps of finetuning in the time of the pretraining
+BUDGETS = {100: 150, 1000: 300, 10000: 500}  # labels: finetuning steps
+FASHION_TOTAL = 450  # more steps of finetuning in the time of the pretraining
+MASKED = {0.25: 56, 0.5: 42}  # visible share: epochs in the time of 28 of ARM's
+
+
+def rates(sides: dict, *values: str) -> dict:
+    """The same number of learning rates for each side, on held-out training images."""
+    return {
+        f"{side}, base lr {x}": (pre, (*flags, "--base-lr", x)) for side, (pre, flags) in sides.items() for x in values
+    }
+
+
+def masked(visible: float, *more) -> tuple:
+    return ("--visible", visible, "--epochs", MASKED[visible], *more)
+
 
 # study: {row: (flags of train.py, or None to start from random weights; flags of finetune.py)}. Rows are compared with
 # the first one, or with the first of those that share what stands before a colon.
 STUDIES = {
-    # both sides have the same number of runs
-    "tune": {f"pretrained, base lr {lr}": ((), (*HELD, "--base-lr", lr)) for lr in RATES}
-    | {f"from scratch, base lr {lr}": (None, (*HELD, "--base-lr", lr)) for lr in RATES},
+    "tune": rates({"pretrained": ((), HELD), "from scratch": (None, HELD)}, "2e-2", "4e-2", "8e-2", "1.6e-1"),
     "default": {
         "pretrained": ((), ()),
         "from scratch, same finetuning": (None, ()),
@@ -46,11 +56,10 @@ STUDIES = {
         "twice the finetuning: pretrained": ((), TWICE),
         "twice the finetuning: from scratch": (None, TWICE),
     },
-    "fashion-tune": {
-        f"{name}, base lr {lr}": (flags, (*FASHION, *FASHION_HELD, "--base-lr", lr))
-        for name, flags in (("pretrained", FASHION), ("from scratch", None))
-        for lr in ("1e-2", "2e-2", "4e-2")
-    },
+    "fashion-tune": rates(
+        {name: (pre, (*FASHION, *FASHION_HELD)) for name, pre in (("pretrained", FASHION), ("from scratch", None))},
+        *("1e-2", "2e-2", "4e-2"),
+    ),
     "fashion": {
         f"{n} labels: {name}": (flags, (*FASHION, "--labels", n, "--max-steps", steps + more))
         for n, steps in BUDGETS.items()
@@ -85,15 +94,24 @@ STUDIES = {
         "from scratch: four directions": (None, ()),
         "from scratch: one direction": (None, ("--directions", 1)),
     },
+    "masked-tune": {
+        f"{name}, base lr {lr}": ((*flags, "--base-lr", lr), HELD)
+        for name, flags, values in (
+            ("autoregressive", (), ("1.2e-2", "2.4e-2", "4.8e-2", "9.6e-2")),
+            ("masked, a quarter visible", masked(0.25), ("2.4e-2", "4.8e-2")),
+            ("masked, half visible", masked(0.5), ("2.4e-2", "4.8e-2")),
+        )
+        for lr in values
+    },
     "size": {
-        f"{name}: {start}": (None if start == "from scratch" else flags, flags if start == "from scratch" else ())
-        for name, flags in {
-            "width 32": ("--d-model", 32),
-            "width 64": (),
-            "width 128": ("--d-model", 128),
-            "depth 2": ("--depth", 2),
-            "depth 8": ("--depth", 8),
-        }.items()
+        f"{kind} {size}: {start}": (None, flags) if start == "from scratch" else (flags, ())
+        for kind, size, flags in (
+            ("width", 32, ("--d-model", 32)),
+            ("width", 64, ()),
+            ("width", 128, ("--d-model", 128)),
+            ("depth", 2, ("--depth", 2)),
+            ("depth", 8, ("--depth", 8)),
+        )
         for start in ("pretrained", "from scratch")
     },
 }
@@ -119,10 +137,13 @@ def run(study: str, row: str, seed: int, *data) -> dict:
         flags += ["--from-scratch"]
     else:
         folder = RUNS / slug("pretrain", *pretraining, seed)
-        script("train.py", folder, *pretraining, "--seed", seed, *data)
+        name = "notebooks/masked.py" if "--visible" in pretraining else "train.py"
+        before = script(name, folder, *pretraining, "--seed", seed, *data)
         flags += ["--checkpoint", folder / "last.pt"]
     start = ("scratch",) if pretraining is None else ("pretrained", *pretraining)
-    return script("finetune.py", RUNS / slug("finetune", *start, *finetuning, seed), *flags, *finetuning)
+    results = script("finetune.py", RUNS / slug("finetune", *start, *finetuning, seed), *flags, *finetuning)
+    kept = () if pretraining is None else ("loss", "seconds", "peak_memory_mib")
+    return results | (dict(pretraining={key: before[key] for key in kept}) if kept else {})
 
 
 def read(study: str) -> list[dict]:
@@ -189,4 +210,4 @@ if __name__ == "__main__":
                 with open(RESULTS / f"{options.study}.jsonl", "a") as file:
                     line = dict(study=options.study, row=row, seed=seed, results=results)
                     file.write(json.dumps(line, default=str) + "\n")
-    print(f"{table(options.study)}\n\n{sampling_error(options.study)}")
+    print(f"{table(options.study)}\n\n{sampling_error(options.study)}" if read(options.study) else "no runs yet")
