@@ -111,12 +111,10 @@ def build_model(args: argparse.Namespace, checkpoint: dict | None, mode: str, cl
     config = checkpoint.get("config", {})
     if "model" not in config:
         model = load_official(checkpoint, pool=args.pool, weights=args.weights)
-    elif config["stage"] == "pretrain":
-        model = ARM(ARMConfig(**config["model"]))
-        model.load_state_dict(checkpoint["model"])
     else:
-        model = VisionMamba(ARMConfig(**config["model"]), len(config["classes"]), **config["classifier"])
-        model.load_state_dict(checkpoint[args.weights])
+        sizes, pretrained = ARMConfig(**config["model"]), config["stage"] == "pretrain"
+        model = ARM(sizes) if pretrained else VisionMamba(sizes, len(config["classes"]), **config["classifier"])
+        model.load_state_dict(checkpoint["model" if pretrained else args.weights])
     if isinstance(model, ARM):
         if args.eval:
             raise ValueError(f"{args.checkpoint} is a pretrained model without a head: finetune it before --eval")

@@ -37,18 +37,15 @@ import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-try:
+if os.name != "nt":  # Windows has neither
     import fcntl
     import resource
-except ImportError:  # Windows
-    fcntl = resource = None
 
 from armamba import ARM, ORDERS, VARIANTS, ARMConfig, from_clusters, patchify, scan_backend, unpatchify
 
@@ -413,7 +410,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.folder / "log.jsonl", "a+", newline="\n")
             try:  # a lock that ends with this process, and that data loading processes do not inherit
-                fcntl and fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.name == "nt" or fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise ValueError(f"another live run writes to {self.folder}: give another --output-dir") from None
             except OSError as error:
@@ -441,10 +438,7 @@ class Run:
             self.file.truncate(sum(map(len, self.file.readlines()[: self.step])))
 
     def begin(self, config: dict, parts: dict) -> float:
-        """Load the state of the parts to go on from, if there is one; returns the seconds spent so far.
-
-        parts: the model and what else has a state_dict and belongs into a checkpoint, by name.
-        """
+        """Load the state of the parts, which belong into a checkpoint, if there is one; returns the seconds so far."""
         self.config, self.parts = config, parts
         size = sum(x.nbytes for x in parts["model"].parameters()) * (len(parts) + 1)  # AdamW keeps two numbers for each
         need = (3 - self.last.exists() - self.previous.exists()) * size  # the last, the one before, and a new one
@@ -510,7 +504,7 @@ class Run:
             info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
             name = info.partition("model name\t: ")[2].partition("\n")[0] or platform.processor() or platform.machine()
             machine, unit = f"{name}, {os.cpu_count()} cores", 2**20 if sys.platform == "darwin" else 2**10
-            peak = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
+            peak = None if os.name == "nt" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
         results |= dict(stage=self.stage, machine=machine, date=time.strftime("%Y-%m-%d"), peak_memory_mib=peak)
         results |= dict(torch=torch.__version__, python=platform.python_version())
         if RANK == 0:
@@ -562,7 +556,7 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
     say(f"{steps:,} steps, {batches.per_epoch:,} per epoch, to {run.folder}")
 
     net = torch.compile(model) if args.compile else model
-    net = DistributedDataParallel(net) if PROCESSES > 1 else net
+    net = torch.nn.parallel.DistributedDataParallel(net) if PROCESSES > 1 else net
     options = dict(num_workers=args.num_workers, worker_init_fn=ignore_signals, pin_memory=args.device == "cuda")
     stream = iter(DataLoader(data, batch_sampler=batches, **options))
     bar = dict(unit="images", unit_scale=batches.effective, disable=RANK > 0)
