@@ -56,14 +56,14 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 # The paper's recipe; 40 epochs of warm-up are those of the released commands, the paper says 5 (--warmup-epochs 5)
 IMAGENET = dict(image_size=192, patch_size=16, cluster_size=4, min_crop=0.2, flip=True, epochs=1600, warmup_epochs=40)
 IMAGENET |= dict(variant="base", effective_batch=2048, base_lr=1.5e-4)
-SMALL = dict(variant="micro", threads=1, cluster_size=2, effective_batch=64, base_lr=1.2e-2, warmup_epochs=2)
+SMALL = dict(image_size=32, patch_size=4, cluster_size=2, min_crop=0.4, flip=True, epochs=20, warmup_epochs=2)
 WORKERS = 0 if os.name == "nt" else min(8, os.cpu_count() or 1)
-SMALL |= dict(min_crop=0.4, flip=False, num_workers=min(1, WORKERS))
+SMALL |= dict(variant="micro", effective_batch=64, base_lr=1.2e-2, threads=1, num_workers=min(1, WORKERS))
 PRESETS = {
-    "digits": SMALL | dict(image_size=24, patch_size=4, epochs=28, effective_batch=32, base_lr=4.8e-2, warmup_epochs=1),
-    "fashion-mnist": SMALL | dict(image_size=32, patch_size=4, flip=True, epochs=1, warmup_epochs=0.1),
-    "cifar10": SMALL | dict(image_size=32, patch_size=4, flip=True, epochs=20),
-    "folder": SMALL | dict(image_size=64, patch_size=8, min_crop=0.2, flip=True, epochs=20, num_workers=WORKERS),
+    "digits": SMALL | dict(image_size=24, flip=False, epochs=28, warmup_epochs=1, effective_batch=32, base_lr=4.8e-2),
+    "fashion-mnist": SMALL | dict(epochs=1, warmup_epochs=0.1),
+    "cifar10": SMALL,
+    "folder": SMALL | dict(image_size=64, patch_size=8, min_crop=0.2, num_workers=WORKERS),
     "imagenet-base": IMAGENET,
     "imagenet-large": IMAGENET | dict(variant="large", effective_batch=1024),
     # huge's recipe is not published: large's values, with the paper's batch and epochs
@@ -325,9 +325,9 @@ def sum_over_processes(value) -> torch.Tensor:
 
 def set_up(args: argparse.Namespace) -> torch.device:
     """Choose device and precision, and join the other processes if torchrun started several."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    args.device = args.device or next(name for name in there if there[name])
-    if not there[args.device]:
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    args.device = args.device or best
+    if args.device not in (best, "cpu"):
         raise ValueError(f"--device {args.device} is not there: leave it out to take the best that is")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
