@@ -614,7 +614,7 @@ def prediction_figure(arm: ARM, images: torch.Tensor, mode: str):
     tokens, prediction = arm.arrange(patchify(images, config.patch_size)), arm.predict(images)  # cluster after cluster
     seen, clusters = tokens.clone(), [1 + (i + 1) * (config.n_clusters - 1) // (n + 1) for i in range(n)]
     for row, k in zip(seen, clusters):  # one example a row, early to late
-        row[k * size :] = 0  # grey
+        row[k * size :] = 0  # grey, the mean colour
     columns = {"image": tokens, f"seen for {', '.join(str(k + 1) for k in clusters)}": seen}
     columns |= {"target": arm.target(images), "prediction": prediction}
     note = "Each cluster but the first is predicted from the true ones before it."
@@ -651,7 +651,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     if RANK > 0:
         return {}
-    records = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]  # gives up the lock
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     axes.plot([r["step"] for r in records], [r["loss"] for r in records], color="0.2", linewidth=1)
     axes.set(xlabel="optimiser step", ylabel="training loss (mean squared error)")
