@@ -10,9 +10,6 @@
 A preset is a set of defaults, any flag overrides it, and the resolved configuration is printed and kept in every
 checkpoint. What is random (weights, crops, order) is drawn from the seed and from what it is for (epoch, image, step),
 never from how the run got there: so a resumed run, or one with more workers, sees the same.
-
-Top to bottom: presets and arguments; data; optimiser and schedule; processes and devices; the run's folder; the loop;
-pretraining.
 """
 
 import os
@@ -21,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting thr
 
 import argparse
 import errno
+import itertools
 import json
 import math
 import platform
@@ -30,63 +28,65 @@ import sys
 import time
 import zipfile
 import zlib
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, fields, replace
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
-try:
+if os.name != "nt":  # Windows has neither
     import fcntl
     import resource
-except ImportError:  # Windows
-    fcntl = resource = None
 
 from armamba import ARM, ORDERS, VARIANTS, ARMConfig, from_clusters, patchify, scan_backend, unpatchify
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun tells
 
 # --- Presets and arguments --------------------------------------------------------------------------------------------
 
 # The paper's recipe; 40 epochs of warm-up are those of the released commands, the paper says 5 (--warmup-epochs 5)
 IMAGENET = dict(image_size=192, patch_size=16, cluster_size=4, min_crop=0.2, flip=True, epochs=1600, warmup_epochs=40)
 IMAGENET |= dict(variant="base", effective_batch=2048, base_lr=1.5e-4)
-SMALL = dict(variant="micro", threads=1, cluster_size=2, effective_batch=64, base_lr=1.2e-2, warmup_epochs=2)
-SMALL |= dict(min_crop=0.4, flip=False)
+SMALL = dict(image_size=32, patch_size=4, cluster_size=2, min_crop=0.4, flip=True, epochs=20, warmup_epochs=2)
+WORKERS = 0 if os.name == "nt" else min(8, os.cpu_count() or 1)
+SMALL |= dict(variant="micro", effective_batch=64, base_lr=1.2e-2, threads=1, num_workers=min(1, WORKERS))
 PRESETS = {
-    "digits": SMALL | dict(image_size=24, patch_size=4, epochs=28, effective_batch=32, base_lr=4.8e-2, warmup_epochs=1),
-    "fashion-mnist": SMALL | dict(image_size=32, patch_size=4, flip=True, epochs=1, warmup_epochs=0.1),
-    "cifar10": SMALL | dict(image_size=32, patch_size=4, flip=True, epochs=20),
-    "folder": SMALL | dict(image_size=64, patch_size=8, min_crop=0.2, flip=True, epochs=20),
+    "digits": SMALL | dict(image_size=24, flip=False, epochs=28, warmup_epochs=1, effective_batch=32, base_lr=4.8e-2),
+    "fashion-mnist": SMALL | dict(epochs=1, warmup_epochs=0.1),
+    "cifar10": SMALL,
+    "folder": SMALL | dict(image_size=64, patch_size=8, min_crop=0.2, num_workers=WORKERS),
     "imagenet-base": IMAGENET,
     "imagenet-large": IMAGENET | dict(variant="large", effective_batch=1024),
     # huge's recipe is not published: large's values, with the paper's batch and epochs
     "imagenet-huge": IMAGENET | dict(variant="huge", effective_batch=512, epochs=800),
 }
+SIZES = ("d_model", "depth", "d_state", "patch_size", "cluster_size")  # of the encoder
 SWITCH = argparse.BooleanOptionalAction
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that pretraining and finetuning share."""
+def common_parser(description: str) -> argparse.ArgumentParser:
+    """With the flags that pretraining and finetuning share."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="defaults for a task; digits if none is given")
     add = parser.add_argument_group("data").add_argument
     add("--data", help="folder of images (with train/ and val/, or not), or where to download to; default data/")
     add("--image-size", type=int, nargs="+", metavar="N", help="pixels: one number, or height and width")
     add("--min-crop", type=float, help="smallest share of an image's area that a random crop keeps")
     add("--flip", action=SWITCH, help="mirror half of the images")
-    add("--num-workers", type=int, help="data loading processes; default: up to 8 for folders, 1 for small images")
-    add = parser.add_argument_group("model").add_argument
-    add("--variant", choices=tuple(VARIANTS), help="widths and depth")
-    add("--d-model", type=int, help="width; default: by variant, as for the next two")
-    add("--depth", type=int, help="number of blocks")
-    add("--d-state", type=int, help="state size per channel")
-    add("--patch-size", type=int, help="pixels per side of a patch")
-    add("--cluster-size", type=int, help="patches per side of a cluster")
+    add("--num-workers", type=int, default=WORKERS, help="data loading processes; default: up to 8, 1 for small images")
+    add = parser.add_argument_group("model", "ARMConfig in armamba.py says what each size is").add_argument
+    add("--variant", choices=tuple(VARIANTS), help="sizes that neither a preset nor a flag sets")
+    for name in SIZES:
+        add(f"--{name.replace('_', '-')}", type=int)
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=int)
     add("--max-steps", type=int, help="run this many optimiser steps instead, the whole schedule squeezed into them")
@@ -109,23 +109,20 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compile", action=SWITCH, default=False, help="torch.compile the model")
     add("--grad-checkpoint", action=SWITCH, default=False, help="recompute blocks in the backward pass, for memory")
     add("--save-every", type=float, default=10.0, metavar="MINUTES", help="what a crash can cost")
+    return parser
 
 
-def parse(parser: argparse.ArgumentParser, presets: dict, argv, inherit=lambda chosen: {}) -> argparse.Namespace:
-    """Resolve arguments: defaults, then the preset, then what is inherited, then flags.
-
-    A preset may only set what a flag could. `inherit` takes the arguments as given and returns more defaults.
-    """
-    parser.add_argument("--preset", choices=tuple(presets), help="defaults for a task; digits if none is given")
-    chosen, _ = parser.parse_known_args(argv)
-    inherited = inherit(chosen)
-    preset = chosen.preset or inherited.get("preset") or ("folder" if chosen.data else "digits")
+def parse(parser: argparse.ArgumentParser, presets: dict, argv, **inherited) -> argparse.Namespace:
+    """Resolve arguments: defaults, then the preset, then what is inherited, then flags."""
+    given, _ = parser.parse_known_args(argv)
+    preset = given.preset or inherited.get("preset") or ("folder" if given.data else "digits")
     defaults = presets[preset] | inherited | dict(preset=preset)
-    if unknown := defaults.keys() - vars(chosen).keys():
+    if unknown := defaults.keys() - vars(given).keys():
         raise ValueError(f"preset {preset!r} sets unknown options: {', '.join(sorted(unknown))}")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    args.image_size = pair(args.image_size)
+    sizes = [args.image_size] if isinstance(args.image_size, int) else args.image_size
+    args.image_size = (*sizes, *sizes) if len(sizes) == 1 else tuple(sizes)  # height and width
     if not 0 <= args.warmup_epochs < args.epochs:
         raise ValueError(f"--warmup-epochs {args.warmup_epochs} must be from 0 to below --epochs {args.epochs}: set it")
     return args
@@ -133,25 +130,17 @@ def parse(parser: argparse.ArgumentParser, presets: dict, argv, inherit=lambda c
 
 def model_config(args: argparse.Namespace, mode: str, **others) -> ARMConfig:
     """The variant's shapes with what flags say; channels follow the data."""
-    given = {field.name: getattr(args, field.name, None) for field in fields(ARMConfig)}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {k: v for k, v in vars(args).items() if k in ARMConfig.__dataclass_fields__ and v is not None}
     return replace(VARIANTS[args.variant], **dict(taps=None, channels=len(mode), order_seed=args.seed) | given | others)
 
 
-def pair(size) -> tuple[int, int]:
-    """Height and width, from either one number or both."""
-    sizes = (size,) if isinstance(size, int) else tuple(size)
-    return sizes * 2 if len(sizes) == 1 else sizes
-
-
 def pretraining_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_common_arguments(parser)
+    parser = common_parser(__doc__.split("\n")[0])
     add = parser.add_argument_group("objective").add_argument
     add("--order", choices=ORDERS, default="row", help="in which the clusters are read and predicted")
     add("--norm-pix", action=SWITCH, default=True, help="normalise the pixels of each target")
-    add("--decoder-dim", type=int, help="default: by variant")
-    add("--decoder-depth", type=int, help="default: by variant")
+    add("--decoder-dim", type=int)
+    add("--decoder-depth", type=int)
     add("--taps", type=int, nargs="+", help="encoder blocks that the decoder reads; default: evenly, the later half")
     parser.set_defaults(clip_grad=3.0)
     return parse(parser, PRESETS, argv)
@@ -160,6 +149,7 @@ def pretraining_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 # --- Data -------------------------------------------------------------------------------------------------------------
 
 PIXELS = {"RGB": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), "L": ([0.449], [0.226])}  # mean, standard deviation
+BICUBIC = v2.InterpolationMode.BICUBIC
 
 
 class Digits(list):
@@ -187,22 +177,17 @@ class Folder(datasets.ImageFolder):
         return classes, {name: i for i, name in enumerate(classes)}
 
 
-def dataset_name(args: argparse.Namespace) -> str:
-    return args.preset if args.preset in ("digits", "fashion-mnist", "cifar10") else "folder"
-
-
 def load_images(args: argparse.Namespace, train: bool) -> Dataset:
     """The dataset of PIL images and labels, with `classes`, `targets` and `mode`, "L" (grey) or "RGB"."""
-    name, root = dataset_name(args), Path(args.data or "data")
-    if name == "digits":
+    root = Path(args.data or "data")
+    if args.preset == "digits":
         data = Digits(train)
-    elif name != "folder":
-        kind, first = dict(cifar10=datasets.CIFAR10).get(name, datasets.FashionMNIST), os.environ.get("LOCAL_RANK", "0")
-        for turn in (True, False):  # the first process of each machine downloads, the others wait
-            if turn == (first == "0"):
+    elif args.preset in ("fashion-mnist", "cifar10"):
+        kind = datasets.CIFAR10 if args.preset == "cifar10" else datasets.FashionMNIST
+        for turn in (True, False):  # the first process of each machine downloads, then the others read
+            if turn == (os.environ.get("LOCAL_RANK", "0") == "0"):
                 data = kind(root, train=train, download=turn)
-            if world_size() > 1:
-                dist.barrier()
+            sum_over_processes(0)  # waits for all
     else:
         part = root / ("train" if train else "val")
         part = root if (train or args.eval) and not part.is_dir() else part
@@ -233,15 +218,11 @@ def plain(image: Image.Image, mode: str) -> Image.Image:
 
 
 def random_crop(args: argparse.Namespace) -> list:
-    """The augmentation that both stages share: a random resized crop and a flip; digits are placed freely instead.
-
-    Placed: half to three quarters of the canvas, turned by up to 14 degrees, moved by up to a fifth of the side.
-    """
-    bicubic, bilinear = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR
-    if dataset_name(args) == "digits":
-        canvas = v2.Resize(args.image_size, bicubic)
-        return [canvas, v2.RandomAffine(14.3, (0.2, 0.2), (0.5, 0.75), interpolation=bilinear)]
-    crop = v2.RandomResizedCrop(args.image_size, (args.min_crop, 1.0), interpolation=bicubic)
+    """The augmentation that both stages share: a random resized crop and a flip; digits are placed freely instead."""
+    if args.preset == "digits":  # turned by up to 14 degrees, moved by up to a fifth of the side, half to 3/4 as large
+        place = v2.RandomAffine(14.3, (0.2, 0.2), (0.5, 0.75), interpolation=v2.InterpolationMode.BILINEAR)
+        return [v2.Resize(args.image_size, BICUBIC), place]
+    crop = v2.RandomResizedCrop(args.image_size, (args.min_crop, 1.0), interpolation=BICUBIC)
     return [crop, v2.RandomHorizontalFlip()] if args.flip else [crop]
 
 
@@ -264,6 +245,7 @@ class Seeded(Dataset):
     def __init__(self, data: Dataset, transform: list, seed: int, indices: list[int] | None = None, exact=False):
         self.data, self.transform, self.seed, self.exact = data, v2.Compose(transform), seed, exact
         self.indices = range(len(data)) if indices is None else indices
+        self.names = [path for path, _ in getattr(data, "samples", [])] or range(len(data))
         self.broken = torch.zeros(len(data), dtype=torch.bool).share_memory_()  # one for all data loading processes
 
     def __len__(self) -> int:
@@ -287,16 +269,16 @@ class Seeded(Dataset):
         except Exception as error:  # whatever a decoder may raise, but not what memory or storage do
             if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT):
                 raise
-            root, files = getattr(self.data, "root", "."), getattr(self.data, "samples", None)
-            if not os.path.exists(root):
-                raise ValueError(f"the data folder {root} has vanished: bring it back, and --resume") from None
+            if not os.path.exists(getattr(self.data, "root", ".")):
+                gone = f"the data folder {self.data.root} has vanished"
+                raise ValueError(f"{gone}: bring it back, and --resume") from None
             if not self.broken[index]:
                 self.broken[index] = True
-                print(f"broken image {files[index][0] if files else index}: {error}", flush=True)
-            if not self.exact and self.broken.sum() > 0.05 * len(self):
-                names = [files[i][0] if files else str(i) for i in self.broken.nonzero().flatten().tolist()]
-                many = f"{len(names)} of {len(self)} images are broken, more than 5 %"
-                raise ValueError(f"{many}; repair or remove {', '.join(names)}") from None
+                print(f"broken image {self.names[index]}: {error}", flush=True)
+            broken = [str(self.names[i]) for i in self.broken.nonzero().flatten().tolist()]
+            if not self.exact and len(broken) > 0.05 * len(self):
+                many = f"{len(broken)} of {len(self)} images are broken, more than 5 %"
+                raise ValueError(f"{many}; repair or remove {', '.join(broken)}") from None
 
 
 class TrainingBatches:
@@ -308,91 +290,54 @@ class TrainingBatches:
 
     def __init__(self, n: int, args: argparse.Namespace, start: int):
         self.n, self.size, self.accum, self.seed, self.start = n, args.batch_size, args.accum, args.seed, start
-        self.effective = self.size * self.accum * world_size()
+        self.effective = self.size * self.accum * PROCESSES
         self.per_epoch = n // self.effective  # optimiser steps
         if self.per_epoch == 0:
             raise ValueError(f"{n} images do not fill one effective batch of {self.effective}: lower --batch-size")
 
     def __iter__(self):
-        step = self.start
-        while True:
+        for step in itertools.count(self.start):
             epoch, i = divmod(step, self.per_epoch)
             if i == 0 or step == self.start:
                 generator = torch.Generator().manual_seed(seed_from("order", self.seed, epoch))
                 order = torch.randperm(self.n, generator=generator)
-            batch = order[i * self.effective : (i + 1) * self.effective].view(self.accum, world_size(), self.size)
-            for micro in batch[:, rank()].tolist():
+            batch = order[i * self.effective : (i + 1) * self.effective].view(self.accum, PROCESSES, self.size)
+            for micro in batch[:, RANK].tolist():
                 yield [(epoch, index) for index in micro]
-            step += 1
-
-
-def workers_for(args: argparse.Namespace) -> int:
-    default = min(8, os.cpu_count() or 1) if dataset_name(args) == "folder" else 1
-    return args.num_workers if args.num_workers is not None else 0 if os.name == "nt" else default
-
-
-# --- Optimiser and schedule -------------------------------------------------------------------------------------------
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float, scale=lambda name: 1.0) -> list[dict]:
-    """Groups for AdamW, one for each pair of weight decay and learning-rate scale; `scale` takes a parameter's name.
-
-    Decay is for matrices and convolutions: not for A_log, which it would pull so that every A goes to -1, nor for D,
-    tokens, positions, norms and biases. (The released code goes by the number of dimensions and decays A_log.)
-    """
-    groups = {}
-    for name, parameter in model.named_parameters():
-        decays = parameter.ndim > 1 and not name.endswith(("bias", "A_log", ".D", "_token", "pos_embed"))
-        groups.setdefault((weight_decay if decays else 0.0, scale(name)), []).append(parameter)
-    return [dict(params=params, weight_decay=decay, lr_scale=scale) for (decay, scale), params in groups.items()]
-
-
-def learning_rate(epoch: float, epochs: float, warmup: float, peak: float, minimum: float) -> float:
-    """Linear warm-up from 0, then half a cosine down to the minimum; times in epochs, fractions included."""
-    if epoch < warmup:
-        return peak * epoch / warmup
-    return minimum + (peak - minimum) * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2
 
 
 # --- Processes and devices --------------------------------------------------------------------------------------------
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def say(*words) -> None:
-    if rank() == 0:
+    if RANK == 0:
         print(*words, flush=True)
 
 
-def sum_over_processes(value: float) -> float:
-    if world_size() == 1:
-        return value
-    total = torch.tensor(value, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(total)
-    return total.item()
+def sum_over_processes(value) -> torch.Tensor:
+    """Of a number, a list or a tensor, in fp64."""
+    on_gpu = PROCESSES > 1 and dist.get_backend() == "nccl"
+    total = torch.as_tensor(value, dtype=torch.float64, device="cuda" if on_gpu else "cpu")
+    if PROCESSES > 1:
+        dist.all_reduce(total)
+    return total
 
 
 def set_up(args: argparse.Namespace) -> torch.device:
     """Choose device and precision, and join the other processes if torchrun started several."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    args.device = args.device or next(name for name in there if there[name])
-    if not there[args.device]:
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    args.device = args.device or best
+    if args.device not in (best, "cpu"):
         raise ValueError(f"--device {args.device} is not there: leave it out to take the best that is")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
     torch.set_default_dtype(torch.float64 if args.precision == "fp64" else torch.float32)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if "RANK" in os.environ and not dist.is_initialized():
+    if PROCESSES > 1 and not dist.is_initialized():
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    shares = args.accum * world_size()
+    shares = args.accum * PROCESSES
     args.batch_size = args.batch_size or args.effective_batch // shares
     if args.batch_size < 1:
         raise ValueError(f"--effective-batch {args.effective_batch} does not fill {shares} forward passes: raise it")
@@ -405,19 +350,6 @@ def autocast(args: argparse.Namespace):
 
 def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def circumstances(device: str) -> dict:
-    """What a result was measured on, and the largest memory of the process so far (on the GPU, if that is used)."""
-    info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    name = info.partition("model name\t: ")[2].partition("\n")[0] or platform.processor() or platform.machine()
-    machine, peak = f"{name}, {os.cpu_count()} cores", None
-    if device == "cuda":
-        machine, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() // 2**20
-    elif resource:  # ru_maxrss is in KiB, on macOS in bytes
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
-    today, versions = time.strftime("%Y-%m-%d"), dict(torch=torch.__version__, python=platform.python_version())
-    return dict(machine=machine, date=today, peak_memory_mib=peak, **versions)
 
 
 def run_script(main) -> None:
@@ -447,10 +379,7 @@ def load_checkpoint(path: Path | str) -> dict:
         if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch.load does not look
             raise RuntimeError(f"the checksum of {part} is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict):
-            raise RuntimeError(f"it holds a {type(checkpoint).__name__}, not a dict")
-        return checkpoint
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint at {path}") from None
     except Exception as error:  # whatever reading something else may raise
@@ -474,49 +403,48 @@ class Run:
         if args.resume and args.output_dir is None:
             raise ValueError("--resume needs --output-dir, the folder of the run to go on with")
         self.folder = args.output_dir or Path("runs", f"{stage}-{args.preset}-{datetime.now():%Y%m%d-%H%M%S-%f}")
-        self.stage, self.device, self.saved_at = stage, args.device, time.monotonic()
-        self.signal, self.state, self.damaged, self.broken = None, None, [], 0
-        if rank() == 0:
+        self.last, self.previous = self.folder / "last.pt", self.folder / "previous.pt"
+        self.temporary, self.saved_at = self.folder / "last.pt.tmp", time.monotonic()
+        self.stage, self.device, self.signal, self.broken = stage, args.device, None, 0
+        if RANK == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / "log.jsonl", "a+")
+            self.file = open(self.folder / "log.jsonl", "a+", newline="\n")
             try:  # a lock that ends with this process, and that data loading processes do not inherit
-                fcntl and fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.name == "nt" or fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise ValueError(f"another live run writes to {self.folder}: give another --output-dir") from None
             except OSError as error:
                 say(f"no lock on {self.folder} ({error}): do not start a second run in it")
-            (self.folder / "last.pt.tmp").unlink(missing_ok=True)
-        self.checkpoints = [path for name in ("last.pt", "previous.pt") if (path := self.folder / name).exists()]
-        if self.checkpoints and not args.resume:
+            self.temporary.unlink(missing_ok=True)
+        found = [path for path in (self.last, self.previous) if path.exists()]
+        if found and not args.resume:
             raise ValueError(f"{self.folder} holds a run: add --resume to go on, or give another --output-dir")
-        for path in self.checkpoints if args.resume else ():
+        self.state, self.good = {}, None  # of the newest checkpoint that can be read, and its path
+        for path in found:
             try:
-                self.state = self.state or load_checkpoint(path)
+                self.state, self.good = load_checkpoint(path), path
+                break
             except ValueError as error:
                 say(error)
-                self.damaged.append(path)
-        if self.damaged and not self.state:
-            raise ValueError(f"{self.folder} has no checkpoint that can be read: repair or remove {self.damaged[0]}")
-        if args.resume and not self.state:
+        if found and not self.good:
+            raise ValueError(f"{self.folder} has no checkpoint that can be read: repair or remove {found[0]}")
+        if args.resume and not found:
             say(f"nothing to resume in {self.folder}: starting afresh")
-        self.step = self.state["step"] if self.state else 0
-        if rank() == 0:
-            end = 0
+        self.step = self.state.get("step", 0)
+        if sum_over_processes(self.step) != self.step * PROCESSES:
+            raise ValueError(f"processes found different checkpoints: put {self.folder} where all machines see it")
+        if RANK == 0:  # one line for each step of the checkpoint; later ones will be written again
             self.file.seek(0)
-            for line in iter(self.file.readline, ""):  # a kill can leave half a line
-                if line.endswith("}\n") and json.loads(line)["step"] <= self.step:
-                    end = self.file.tell()
-            self.file.truncate(end)
+            self.file.truncate(sum(map(len, self.file.readlines()[: self.step])))
 
-    def need_space(self, size: int) -> None:
-        """Say at the start that the disk is too full for three checkpoints: the last, the one before, and a new one."""
-        need = (3 - len(self.checkpoints)) * size
-        if rank() == 0 and (free := shutil.disk_usage(self.folder).free) < need:
+    def begin(self, config: dict, parts: dict) -> float:
+        """Load the state of the parts, which belong into a checkpoint, if there is one; returns the seconds so far."""
+        self.config, self.parts = config, parts
+        size = sum(x.nbytes for x in parts["model"].parameters()) * (len(parts) + 1)  # AdamW keeps two numbers for each
+        need = (3 - self.last.exists() - self.previous.exists()) * size  # the last, the one before, and a new one
+        if RANK == 0 and (free := shutil.disk_usage(self.folder).free) < need:
             sizes = f"{need / 2**20:.0f} MiB for checkpoints, and {free / 2**20:.0f} are free"
             raise ValueError(f"{self.folder} needs {sizes}: make room, or give another --output-dir")
-
-    def restore(self, config: dict, model, optimizer, ema) -> float:
-        """Load the state to go on from, if there is one; returns the seconds spent so far."""
         if not self.state:
             return 0.0
         mine, theirs = (c["args"] | dict(effective_batch=c["effective_batch"]) for c in (config, self.state["config"]))
@@ -524,78 +452,89 @@ class Run:
         differ = [f"{k} was {theirs.get(k)}, is {v}" for k, v in mine.items() if k not in free and theirs.get(k) != v]
         if differ:
             raise ValueError(f"--resume with other settings ({'; '.join(differ)}): repeat the run's own flags")
-        model.load_state_dict(self.state["model"])
-        optimizer.load_state_dict(self.state["optimizer"])
-        if ema:
-            ema.module.load_state_dict(self.state["model_ema"])
-        seconds, self.state = self.state["seconds"], None  # it is large
+        for name, part in parts.items():
+            part.load_state_dict(self.state[name])
+        seconds, self.state = self.state["seconds"], {}  # it is large
         return seconds
 
-    def records(self) -> list[dict]:
-        self.file.seek(0)  # not opened anew: closing any handle would give up the lock
-        return [json.loads(line) for line in self.file]
-
     def log(self, record: dict) -> None:
-        if rank() == 0:
+        if RANK == 0:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
 
-    @contextmanager
-    def signals(self):
-        """SIGTERM, SIGUSR1 and Ctrl-C ask for a checkpoint and an end after the current step; Ctrl-C twice, at once."""
-
-        def ask(number, frame):
-            if self.signal == number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.signal = number
-
-        before = {number: signal.signal(number, ask) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def on_signal(self, number: int, frame) -> None:
+        """Ask for a checkpoint and an end after the current step; Ctrl-C twice ends at once."""
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
 
     def due(self, minutes: float) -> bool:
         """Whether to save now, because the time has come or a signal did; all processes agree."""
-        wish = self.signal is not None or time.monotonic() - self.saved_at > 60 * minutes
-        return sum_over_processes(float(wish)) > 0
+        return sum_over_processes(self.signal is not None or time.monotonic() - self.saved_at > 60 * minutes) > 0
 
-    def save(self, state: dict, model, optimizer, ema) -> None:
+    def save(self, step: int, seconds: float) -> None:
         """Write beside, flush, then rename: whenever the power goes, a whole checkpoint is there."""
-        if rank() == 0:
-            state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
-            state |= dict(model_ema=ema.module.state_dict()) if ema else {}
-            last, temporary = self.folder / "last.pt", self.folder / "last.pt.tmp"
+        if RANK == 0:
+            state = dict(step=step, seconds=seconds, config=self.config, rng=torch.get_rng_state())
+            state |= {name: part.state_dict() for name, part in self.parts.items()}
             try:
-                with open(temporary, "wb") as file:
+                with open(self.temporary, "wb") as file:
                     torch.save(state, file)
                     file.flush()
                     os.fsync(file.fileno())
             except (OSError, RuntimeError) as error:
-                temporary.unlink(missing_ok=True)
+                self.temporary.unlink(missing_ok=True)
                 reason = f"{error.__cause__ or error.__context__ or error}".splitlines()[0]
-                raise OSError(f"cannot save step {state['step']} ({reason}); older checkpoints are intact") from None
+                raise OSError(f"cannot save step {step} ({reason}); older checkpoints are intact") from None
             os.fsync(self.file.fileno())
-            if last.exists() and last not in self.damaged:
-                os.replace(last, self.folder / "previous.pt")
-            os.replace(temporary, last)
-            self.damaged = []
+            if self.good == self.last:  # and not damaged
+                os.replace(self.last, self.previous)
+            os.replace(self.temporary, self.last)
+            self.good = self.last
         self.saved_at = time.monotonic()
-        if sum_over_processes(float(self.signal is not None)) > 0:
+        if sum_over_processes(self.signal is not None) > 0:
             say(f"stopped by a signal, and saved; go on with the same flags, --output-dir {self.folder} and --resume")
             sys.exit(0)
 
     def write_results(self, results: dict) -> dict:
-        results |= dict(stage=self.stage) | circumstances(self.device)
-        if rank() == 0:
+        """With what they were measured on, and the most memory of this process (on the GPU, if that is used)."""
+        if self.device == "cuda":
+            machine, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() // 2**20
+        else:
+            info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+            name = info.partition("model name\t: ")[2].partition("\n")[0] or platform.processor() or platform.machine()
+            machine, unit = f"{name}, {os.cpu_count()} cores", 2**20 if sys.platform == "darwin" else 2**10
+            peak = None if os.name == "nt" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
+        results |= dict(stage=self.stage, machine=machine, date=time.strftime("%Y-%m-%d"), peak_memory_mib=peak)
+        results |= dict(torch=torch.__version__, python=platform.python_version())
+        if RANK == 0:
             temporary = self.folder / "results.json.tmp"
             temporary.write_text(json.dumps(results, indent=1, default=str) + "\n")
             os.replace(temporary, self.folder / "results.json")
         return results
 
 
-# --- The loop, of both stages -----------------------------------------------------------------------------------------
+# --- Optimiser, schedule and the loop, of both stages -----------------------------------------------------------------
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float, scale=lambda name: 1.0) -> list[dict]:
+    """Groups for AdamW, one for each pair of weight decay and learning-rate scale; `scale` takes a parameter's name.
+
+    Decay is for matrices and convolutions: not for A_log, which it would pull so that every A goes to -1, nor for D,
+    tokens, positions, norms and biases. (The released code goes by the number of dimensions and decays A_log.)
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        decays = parameter.ndim > 1 and not name.endswith(("bias", "A_log", ".D", "_token", "pos_embed"))
+        groups.setdefault((weight_decay if decays else 0.0, scale(name)), []).append(parameter)
+    return [dict(params=params, weight_decay=decay, lr_scale=scale) for (decay, scale), params in groups.items()]
+
+
+def learning_rate(epoch: float, epochs: float, warmup: float, peak: float, minimum: float) -> float:
+    """Linear warm-up from 0, then half a cosine down to the minimum; times in epochs, fractions included."""
+    if epoch < warmup:
+        return peak * epoch / warmup
+    return minimum + (peak - minimum) * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2
 
 
 def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, ema=None) -> float:
@@ -603,30 +542,28 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
 
     loss_of(net, images, labels) is the stage's loss; `net` is the model, compiled and wrapped as asked for.
     """
-    batches, workers = TrainingBatches(len(data), args, run.step), workers_for(args)
+    batches, device = TrainingBatches(len(data), args, run.step), next(model.parameters()).device
     steps, peak = args.max_steps or args.epochs * batches.per_epoch, args.base_lr * batches.effective / 256
     config |= dict(effective_batch=batches.effective, stage=run.stage)
     config |= dict(args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
-    if sum_over_processes(run.step) != run.step * world_size():
-        raise ValueError(f"processes found different checkpoints: put {run.folder} where all machines see it")
-    before, device = run.restore(config, model, optimizer, ema), next(model.parameters()).device
-    dtype = torch.get_default_dtype()
-    run.need_space(sum(x.nbytes for x in model.parameters()) * (4 if ema else 3))
+    parts = dict(model=model, optimizer=optimizer) | (dict(model_ema=ema.module) if ema else {})
+    before, began = run.begin(config, parts), time.monotonic()
     say("configuration:", *(f"{key}={value}" for key, value in sorted(config["args"].items())))
     scan = "{} ({})".format(*scan_backend(args.device))
     say(f"{count(model):,} parameters, {args.device}, {args.precision}, torch {torch.__version__}, scan: {scan}")
-    parts = f"{args.batch_size} x {args.accum} accumulated x {world_size()} processes"
-    say(f"{len(data):,} images, effective batch {batches.effective} = {parts}, peak learning rate {peak:.3g}")
+    shares = f"{args.batch_size} x {args.accum} accumulated x {PROCESSES} processes"
+    say(f"{len(data):,} images, effective batch {batches.effective} = {shares}, peak learning rate {peak:.3g}")
     say(f"{steps:,} steps, {batches.per_epoch:,} per epoch, to {run.folder}")
 
-    if args.preset == "imagenet-huge":
-        say("note: the recipe for huge is not published; these are large's values")
     net = torch.compile(model) if args.compile else model
-    net = DistributedDataParallel(net) if world_size() > 1 else net
-    options = dict(num_workers=workers, worker_init_fn=ignore_signals, pin_memory=args.device == "cuda")
-    stream, began = iter(DataLoader(data, batch_sampler=batches, **options)), time.monotonic()
-    progress = tqdm(range(run.step, steps), initial=run.step, total=steps, disable=rank() > 0, unit="step")
-    with run.signals(), ExitStack() as stack:
+    net = torch.nn.parallel.DistributedDataParallel(net) if PROCESSES > 1 else net
+    options = dict(num_workers=args.num_workers, worker_init_fn=ignore_signals, pin_memory=args.device == "cuda")
+    stream = iter(DataLoader(data, batch_sampler=batches, **options))
+    bar = dict(unit="images", unit_scale=batches.effective, disable=RANK > 0)
+    progress = tqdm(range(run.step, steps), initial=run.step, total=steps, **bar)
+    with ExitStack() as stack:
+        for number in SIGNALS:
+            stack.callback(signal.signal, number, signal.signal(number, run.on_signal))
         # workers ignore signals, so that Python would wait for them after an error
         stack.callback(getattr(stream, "_shutdown_workers", int))
         for step in progress:
@@ -637,95 +574,65 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
             loss = 0.0
             for micro in range(args.accum):
                 # what is random depends on the place in the effective batch, not on how processes share it
-                torch.manual_seed(seed_from("step", args.seed, step, micro * world_size() + rank()))
-                images, labels = next(stream)
-                images, labels = images.to(device, dtype, non_blocking=True), labels.to(device, non_blocking=True)
-                waits = world_size() > 1 and micro < args.accum - 1  # processes exchange gradients once per step
-                with net.no_sync() if waits else nullcontext():
-                    with autocast(args):
-                        part = loss_of(net, images, labels) / args.accum
-                    part.backward()
+                torch.manual_seed(seed_from("step", args.seed, step, micro * PROCESSES + RANK))
+                images, labels = (x.to(device, non_blocking=True) for x in next(stream))
+                net.require_backward_grad_sync = micro == args.accum - 1  # processes exchange gradients once per step
+                with autocast(args):
+                    part = loss_of(net, images.to(torch.get_default_dtype()), labels) / args.accum
+                part.backward()
                 loss += part.item()
-            loss = sum_over_processes(loss) / world_size()
+            loss = sum_over_processes(loss).item() / PROCESSES
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf).item()
             if not math.isfinite(loss + norm):
-                values = f"loss {loss}, gradient norm {norm}, lr {lr:.3g}"
-                raise FloatingPointError(f"step {step}: {values}; lower --base-lr")
+                raise FloatingPointError(f"step {step}: loss {loss}, norm {norm}, lr {lr:.3g}; lower --base-lr")
             optimizer.step()
             optimizer.zero_grad()
             if ema:
                 ema.update_parameters(model)
 
-            seconds = time.monotonic() - began
-            speed = batches.effective * (step + 1 - run.step) / seconds
-            progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", images_per_s=f"{speed:.0f}", refresh=False)
-            record = dict(step=step + 1, epoch=epoch, loss=loss, lr=lr, grad_norm=norm)
-            run.log(record | dict(seconds=round(before + seconds, 2)))
+            progress.set_postfix(step=step + 1, loss=f"{loss:.4f}", lr=f"{lr:.1e}", refresh=False)
+            seconds = before + time.monotonic() - began
+            run.log(dict(step=step + 1, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, seconds=round(seconds, 2)))
             if step + 1 == steps or run.due(args.save_every):
-                run.save(dict(step=step + 1, seconds=before + seconds, config=config), model, optimizer, ema)
-    broken = data.broken.to(device, torch.uint8)
-    if world_size() > 1:
-        dist.all_reduce(broken, dist.ReduceOp.MAX)
-    run.step, run.broken = steps, int(broken.count_nonzero())
+                run.save(step + 1, seconds)
+    broken = sum_over_processes(data.broken) > 0  # an image can be found so by several
+    run.step, run.broken = steps, int(broken.sum())
     return before + time.monotonic() - began
 
 
 # --- Pretraining ------------------------------------------------------------------------------------------------------
 
 
-def loss_figure(records: list[dict]):
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.plot([r["step"] for r in records], [r["loss"] for r in records], color="0.2", linewidth=1)
-    axes.set(xlabel="optimiser step", ylabel="training loss (mean squared error)")
-    axes.grid(alpha=0.3)
-    return figure
-
-
 @torch.no_grad()
 def prediction_figure(arm: ARM, images: torch.Tensor, mode: str):
-    """What is seen, predicted and true, for images (b, c, height, width) as the network sees them.
+    """What is seen, true and predicted, for images (b, c, height, width) as the network sees them; one row each.
 
     With norm_pix the network predicts a patch up to its brightness and contrast. To show pixels these two are taken
     from the true patch, and the figure says so; without norm_pix nothing is borrowed.
     """
-    import matplotlib.pyplot as plt
-
     config, size, n = arm.config, arm.config.cluster_size**2, len(images)
-    tokens = arm.arrange(patchify(images, config.patch_size))  # (b, all patches, p*p*c), cluster after cluster
-    first, true, pixels = tokens[:, :size], tokens[:, size:], arm.predict(images)
-    mean, deviation = (torch.tensor(x, device=images.device) for x in PIXELS[mode])
-    seen = tokens.clone()
-    clusters = [1 + (i + 1) * (config.n_clusters - 1) // (n + 1) for i in range(n)]  # one example a row, early to late
-    for row, k in zip(seen, clusters):
-        row[k * size :] = ((0.5 - mean) / deviation).repeat(config.patch_size**2)  # grey
-
-    def picture(before, after, scale=deviation, offset=mean):
-        """Tokens in prediction order, in two parts -> images (b, height, width, c) in colours from 0 to 1."""
-        x = from_clusters(torch.cat([before, after], 1), config.grid, config.cluster_size, arm.order)
-        x = unpatchify(x, config.patch_size, config.image_size).permute(0, 2, 3, 1)
-        return (x * scale + offset).clamp(0, 1).cpu()
-
-    columns = {"image": picture(first, true), "seen": picture(seen[:, :size], seen[:, size:])}
-    note = "Each cluster is predicted from the true ones before it; the first one is given."
+    tokens, prediction = arm.arrange(patchify(images, config.patch_size)), arm.predict(images)  # cluster after cluster
+    seen, clusters = tokens.clone(), [1 + (i + 1) * (config.n_clusters - 1) // (n + 1) for i in range(n)]
+    for row, k in zip(seen, clusters):  # one example a row, early to late
+        row[k * size :] = 0  # grey, the mean colour
+    columns = {"image": tokens, f"seen for {', '.join(str(k + 1) for k in clusters)}": seen}
+    columns |= {"target": arm.target(images), "prediction": prediction}
+    note = "Each cluster but the first is predicted from the true ones before it."
     if config.norm_pix:
-        for name, x in (("target, normalised", arm.target(images)), ("prediction, normalised", pixels)):
-            columns[name] = picture(torch.zeros_like(first), x, 0.2, 0.5)  # shows 2.5 deviations either way
-        pixels = pixels * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
-        note += " Pixels borrow each true patch's mean and deviation."
-    columns["prediction, pixels"] = picture(first, pixels)
-    shape = n, len(columns)
-    figure, axes = plt.subplots(*shape, figsize=(1.8 * shape[1], 1.8 * shape[0] + 0.5), squeeze=False)
-    for column, (title, pictures) in zip(axes.T, columns.items()):
-        column[0].set_title(title, fontsize=9)
-        for axis, image in zip(column, pictures):
-            axis.imshow(image.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-            axis.set_axis_off()
-    for axis, k in zip(axes[:, 1], clusters):
-        axis.set_title(f"seen for cluster {k + 1}", fontsize=9)
+        true = tokens[:, size:]
+        columns["prediction, pixels"] = prediction * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, True)
+        note += " Target and prediction are normalised; pixels borrow each true patch's mean and deviation."
+
+    mean, deviation = (torch.tensor(x, device=images.device)[:, None, None] for x in PIXELS[mode])
+    figure, axes = plt.subplots(1, len(columns), figsize=(1.8 * len(columns), 1.8 * n + 0.5), layout="constrained")
+    for axis, (title, x) in zip(axes, columns.items()):
+        x = torch.cat([torch.zeros_like(tokens[:, x.shape[1] :]), x], 1)  # the first cluster is not predicted: grey
+        x = from_clusters(x, config.grid, config.cluster_size, arm.order)
+        x = unpatchify(x, config.patch_size, config.image_size) * deviation + mean  # (b, c, height, width)
+        axis.imshow(make_grid(x.clamp(0, 1), nrow=1, pad_value=1).permute(1, 2, 0).cpu().numpy())
+        axis.set_title(title, fontsize=9)
+        axis.set_axis_off()
     figure.supxlabel(note, fontsize=8)
-    figure.tight_layout()
     return figure
 
 
@@ -737,24 +644,25 @@ def main(argv: list[str] | None = None) -> dict:
     torch.manual_seed(seed_from("weights", args.seed))
     arm = ARM(shape).to(device)
     arm.encoder.grad_checkpoint = args.grad_checkpoint
-    optimizer = torch.optim.AdamW(parameter_groups(arm, args.weight_decay), betas=args.betas, eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(arm, args.weight_decay), betas=args.betas, fused=True)
     data = Seeded(images, random_crop(args) + to_tensor(images.mode), args.seed)
     run, config = Run(args, "pretrain"), dict(model=asdict(shape), mode=images.mode, classes=images.classes)
     seconds = fit(args, run, arm, lambda net, x, _: net(x), data, optimizer, config)
 
-    if rank() > 0:
+    if RANK > 0:
         return {}
-    import matplotlib.pyplot as plt
-
-    records, shown = run.records(), torch.stack([data[len(data) * i // 4][0] for i in range(4)])
-    loss_figure(records).savefig(run.folder / "loss.png", dpi=120)
-    shown = shown.to(device, torch.get_default_dtype())
+    records = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]  # gives up the lock
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    axes.plot([r["step"] for r in records], [r["loss"] for r in records], color="0.2", linewidth=1)
+    axes.set(xlabel="optimiser step", ylabel="training loss (mean squared error)")
+    figure.savefig(run.folder / "loss.png", dpi=120)
+    shown = torch.stack([data[len(data) * i // 4][0] for i in range(4)]).to(device, torch.get_default_dtype())
     prediction_figure(arm.eval(), shown, images.mode).savefig(run.folder / "predictions.png", dpi=120)
     plt.close("all")
     say(f"done in {seconds:.0f} s: loss {records[-1]['loss']:.4f}; look at {run.folder}/predictions.png")
     say(f"next: python finetune.py --checkpoint {run.folder}/last.pt")
-    results = dict(loss=records[-1]["loss"], seconds=round(seconds, 1), parameters=count(arm), args=vars(args))
-    return run.write_results(results | dict(broken=run.broken))
+    results = dict(loss=records[-1]["loss"], seconds=round(seconds, 1), parameters=count(arm), broken=run.broken)
+    return run.write_results(results | dict(args=vars(args)))
 
 
 if __name__ == "__main__":
