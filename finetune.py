@@ -114,7 +114,9 @@ def build_model(args: argparse.Namespace, checkpoint: dict | None, mode: str, cl
     else:
         sizes, pretrained = ARMConfig(**config["model"]), config["stage"] == "pretrain"
         model = ARM(sizes) if pretrained else VisionMamba(sizes, len(config["classes"]), **config["classifier"])
-        model.load_state_dict(checkpoint["model" if pretrained else args.weights])
+        if args.weights not in checkpoint:
+            raise ValueError(f"{args.checkpoint} has no {args.weights}: leave --weights out")
+        model.load_state_dict(checkpoint[args.weights])
     if isinstance(model, ARM):
         if args.eval:
             raise ValueError(f"{args.checkpoint} is a pretrained model without a head: finetune it before --eval")
@@ -300,11 +302,13 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None) -> dict:
     skipped = results["skipped"] = len(tested) - results["images"]
     if skipped and args.preset.startswith("imagenet"):
         raise ValueError(f"{skipped} of {len(tested)} test images are broken: repair them, a result needs them all")
-    scores = dict(top1="top-1", top5="top-5", knn="nearest neighbours", linear="linear classifier")
+    scores = dict(top1="top-1 (%)", top5="top-5 (%)", knn="nearest neighbours (%)", linear="linear classifier (%)")
+    names = [name for name in scores if name in results]
     start = "from scratch" if args.from_scratch else f"from {args.checkpoint}"
-    for title, found in {start: results, "averaged weights": results.get("ema", {})}.items():
-        if said := ", ".join(f"{word} {found[name]:.1f} %" for name, word in scores.items() if name in found):
-            train.say(f"{title}: {said} of {found['images']} images ({skipped} skipped)")
+    rows = [["", *(scores[name] for name in names), "images", "skipped"], ["---"] * (len(names) + 3)]
+    for title, found in {start: results, "averaged weights": results.get("ema")}.items():
+        rows += [[title, *(f"{found[name]:.1f}" for name in names), found["images"], skipped]] if found else []
+    train.say("\n".join(f"| {' | '.join(map(str, row))} |" for row in rows))
     train.say(f"see {run.folder}/results.json")
     return run.write_results(results | dict(parameters=train.count(model), args=vars(args)))
 

@@ -636,13 +636,15 @@ def prediction_figure(arm: ARM, images: torch.Tensor, mode: str):
     return figure
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Pretrain; returns what is also written to results.json."""
+def main(argv: list[str] | None = None, objective=ARM) -> dict:
+    """Pretrain; returns what is also written to results.json. objective: ARM, or what is made and trained like it."""
     args = pretraining_arguments(argv)
+    if args.preset == "imagenet-huge":
+        say("note: the recipe for huge is not published; these are large's values")
     device, images = set_up(args), load_images(args, train=True)
     shape = model_config(args, images.mode)
     torch.manual_seed(seed_from("weights", args.seed))
-    arm = ARM(shape).to(device)
+    arm = objective(shape).to(device)
     arm.encoder.grad_checkpoint = args.grad_checkpoint
     optimizer = torch.optim.AdamW(parameter_groups(arm, args.weight_decay), betas=args.betas, fused=True)
     data = Seeded(images, random_crop(args) + to_tensor(images.mode), args.seed)
@@ -657,9 +659,10 @@ def main(argv: list[str] | None = None) -> dict:
     axes.set(xlabel="optimiser step", ylabel="training loss (mean squared error)")
     figure.savefig(run.folder / "loss.png", dpi=120)
     shown = torch.stack([data[len(data) * i // 4][0] for i in range(4)]).to(device, torch.get_default_dtype())
-    prediction_figure(arm.eval(), shown, images.mode).savefig(run.folder / "predictions.png", dpi=120)
+    if type(arm) is ARM:
+        prediction_figure(arm.eval(), shown, images.mode).savefig(run.folder / "predictions.png", dpi=120)
     plt.close("all")
-    say(f"done in {seconds:.0f} s: loss {records[-1]['loss']:.4f}; look at {run.folder}/predictions.png")
+    say(f"done in {seconds:.0f} s: loss {records[-1]['loss']:.4f}; look at the pictures in {run.folder}")
     say(f"next: python finetune.py --checkpoint {run.folder}/last.pt")
     results = dict(loss=records[-1]["loss"], seconds=round(seconds, 1), parameters=count(arm), broken=run.broken)
     return run.write_results(results | dict(args=vars(args)))
