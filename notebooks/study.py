@@ -23,94 +23,90 @@ sys.path.insert(0, str(ROOT))
 
 from armamba import ORDERS
 
-HELD, PIXELS, FEATURES, TWICE = ("--holdout", 300), ("--probe", "pixels"), ("--probe", "features"), ("--max-steps", 300)
-
+HELD = "--holdout 300"
 # Fashion-MNIST: 10,000 images with labels, or some of them, and 60,000 without; 2,000 others to choose rates
-FASHION, FASHION_HELD = ("--preset", "fashion-mnist"), ("--labels", 1000, "--max-steps", 300, "--holdout", 2000)
-BUDGETS = {100: 150, 1000: 300, 10000: 500}  # labels: finetuning steps
-FASHION_TOTAL = 450  # more steps of finetuning in the time of the pretraining
-MASKED = {0.25: 56, 0.5: 42}  # visible share: epochs in the time of 28 of ARM's
+FASHION = "--preset fashion-mnist"
+FASHION_HELD = f"{FASHION} --labels 1000 --max-steps 300 --holdout 2000"
+BUDGETS = {100: 150, 1000: 300, 10000: 500}  # labels: finetuning steps; the pretraining takes the time of 450 more
+# masked.py, in about the time of 28 of ARM's epochs
+QUARTER, HALF = "--visible 0.25 --epochs 56", "--visible 0.5 --epochs 42"
 
 
-def rates(sides: dict, *values: str) -> dict:
-    """The same number of learning rates for each side, on held-out training images."""
-    return {
-        f"{side}, base lr {x}": (pre, (*flags, "--base-lr", x)) for side, (pre, flags) in sides.items() for x in values
-    }
-
-
-def masked(visible: float, *more) -> tuple:
-    return ("--visible", visible, "--epochs", MASKED[visible], *more)
+def rates(*values: str, **sides: tuple) -> dict:
+    """The same number of learning rates for both sides, on held-out training images."""
+    rows = {name.replace("_", " "): flags for name, flags in sides.items()}
+    return {f"{name}, base lr {x}": (pre, f"{ft} --base-lr {x}") for name, (pre, ft) in rows.items() for x in values}
 
 
 # study: {row: (flags of train.py, or None to start from random weights; flags of finetune.py)}. Rows are compared with
 # the first one, or with the first of those that share what stands before a colon.
 STUDIES = {
-    "tune": rates({"pretrained": ((), HELD), "from scratch": (None, HELD)}, "2e-2", "4e-2", "8e-2", "1.6e-1"),
+    "tune": rates("2e-2", "4e-2", "8e-2", "1.6e-1", pretrained=("", HELD), from_scratch=(None, HELD)),
     "default": {
-        "pretrained": ((), ()),
-        "from scratch, same finetuning": (None, ()),
-        "nearest neighbours on pixels": (None, PIXELS),
-        "logistic regression on pixels": (None, PIXELS),
-        "from scratch, the time of both stages": (None, ("--max-steps", 915)),  # 1260 * 0.085 s / 0.14 s + 150
-        "twice the finetuning: pretrained": ((), TWICE),
-        "twice the finetuning: from scratch": (None, TWICE),
+        "pretrained": ("", ""),
+        "from scratch, same finetuning": (None, ""),
+        "nearest neighbours on pixels": (None, "--probe pixels"),
+        "logistic regression on pixels": (None, "--probe pixels"),
+        "from scratch, the time of both stages": (None, "--max-steps 915"),  # 1260 * 0.085 s / 0.14 s + 150
+        "twice the finetuning: pretrained": ("", "--max-steps 300"),
+        "twice the finetuning: from scratch": (None, "--max-steps 300"),
     },
     "fashion-tune": rates(
-        {name: (pre, (*FASHION, *FASHION_HELD)) for name, pre in (("pretrained", FASHION), ("from scratch", None))},
-        *("1e-2", "2e-2", "4e-2"),
+        "1e-2", "2e-2", "4e-2", pretrained=(FASHION, FASHION_HELD), from_scratch=(None, FASHION_HELD)
     ),
     "fashion": {
-        f"{n} labels: {name}": (flags, (*FASHION, "--labels", n, "--max-steps", steps + more))
+        f"{n} labels: {name}": (pre, f"{FASHION} --labels {n} --max-steps {steps + more}")
         for n, steps in BUDGETS.items()
-        for name, flags, more in (
+        for name, pre, more in (
             ("pretrained", FASHION, 0),
             ("from scratch, same finetuning", None, 0),
-            ("from scratch, the time of both stages", None, FASHION_TOTAL),
+            ("from scratch, the time of both stages", None, 450),
         )
     },
     "frozen": {
-        f"{kind}: {name}": (flags, features)
+        f"{kind}: {name}": (pre, f"--probe {what}")
         for kind in ("nearest neighbours", "linear classifier")
-        for name, flags, features in (
-            ("pretrained", (), FEATURES),
-            ("random", None, FEATURES),
-            ("pixels", None, PIXELS),
+        for name, pre, what in (
+            ("pretrained", "", "features"),
+            ("random", None, "features"),
+            ("pixels", None, "pixels"),
         )
     },
     "unit": {
-        "clusters of 2x2 patches, pixels normalised": ((), ()),
-        "clusters of 1x1": (("--cluster-size", 1), ()),
-        "clusters of 3x3": (("--cluster-size", 3), ()),
-        "pixels not normalised": (("--no-norm-pix",), ()),
-        "decoder of one block": (("--decoder-depth", 1), ()),
-        "decoder half as wide": (("--decoder-dim", 32), ()),
+        "clusters of 2x2 patches, pixels normalised": ("", ""),
+        "clusters of 1x1": ("--cluster-size 1", ""),
+        "clusters of 3x3": ("--cluster-size 3", ""),
+        "pixels not normalised": ("--no-norm-pix", ""),
+        "decoder of one block": ("--decoder-depth 1", ""),
+        "decoder half as wide": ("--decoder-dim 32", ""),
     },
-    "order": {order: ((() if order == "row" else ("--order", order)), ()) for order in ORDERS},
+    "order": {order: (f"--order {order}" if order != "row" else "", "") for order in ORDERS},
     "directions": {
-        "pretrained: four directions, copied": ((), ()),
-        "pretrained: four directions, three of them fresh": ((), ("--fresh-directions",)),
-        "pretrained: one direction": ((), ("--directions", 1)),
-        "from scratch: four directions": (None, ()),
-        "from scratch: one direction": (None, ("--directions", 1)),
+        "pretrained: four directions, copied": ("", ""),
+        "pretrained: four directions, three of them fresh": ("", "--fresh-directions"),
+        "pretrained: one direction": ("", "--directions 1"),
+        "from scratch: four directions": (None, ""),
+        "from scratch: one direction": (None, "--directions 1"),
     },
-    "masked-tune": {
-        f"{name}, base lr {lr}": ((*flags, "--base-lr", lr), HELD)
-        for name, flags, values in (
-            ("autoregressive", (), ("1.2e-2", "2.4e-2", "4.8e-2", "9.6e-2")),
-            ("masked, a quarter visible", masked(0.25), ("2.4e-2", "4.8e-2")),
-            ("masked, half visible", masked(0.5), ("2.4e-2", "4.8e-2")),
+    "masked-tune": {  # three settings each
+        f"{name}, base lr {x}": (f"{pre} --base-lr {x}".strip(), HELD)
+        for name, pre, values in (
+            ("autoregressive", "", ("2.4e-2", "4.8e-2", "9.6e-2")),
+            ("masked, a quarter visible", QUARTER, ("2.4e-2", "4.8e-2")),
+            ("masked, half visible", HALF, ("4.8e-2",)),
         )
-        for lr in values
+        for x in values
     },
-    "size": {
-        f"{kind} {size}: {start}": (None, flags) if start == "from scratch" else (flags, ())
-        for kind, size, flags in (
-            ("width", 32, ("--d-model", 32)),
-            ("width", 64, ()),
-            ("width", 128, ("--d-model", 128)),
-            ("depth", 2, ("--depth", 2)),
-            ("depth", 8, ("--depth", 8)),
+    "size": {  # at the rates chosen for width 64 and depth 4, or at others
+        f"{name}: {start}": (pre, ft) if start == "pretrained" else (None, f"{pre} {scratch}".strip())
+        for name, pre, ft, scratch in (
+            ("width 32", "--d-model 32", "", ""),
+            ("width 64", "", "", ""),
+            ("width 128", "--d-model 128", "", ""),
+            ("depth 2", "--depth 2", "", ""),
+            ("depth 8", "--depth 8", "", ""),
+            ("width 32, twice the rate", "--d-model 32", "--base-lr 1.6e-1", "--base-lr 8e-2"),
+            ("width 128, half the rate", "--d-model 128", "--base-lr 4e-2", "--base-lr 2e-2"),
         )
         for start in ("pretrained", "from scratch")
     },
@@ -118,32 +114,29 @@ STUDIES = {
 
 
 def script(name: str, folder: Path, *flags) -> dict:
-    """Run train.py or finetune.py in a folder to its end, or what is left of it; returns its results."""
+    """Run a script in a folder to its end, or what is left of it; returns its results."""
     if not (folder / "results.json").exists():
-        command = [sys.executable, str(ROOT / name), *map(str, flags), "--output-dir", str(folder), "--resume"]
-        subprocess.run(command, cwd=ROOT, check=True)
+        command = [sys.executable, ROOT / name, *flags, "--output-dir", folder, "--resume"]
+        subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
     return json.loads((folder / "results.json").read_text())
-
-
-def slug(*words) -> str:
-    return "-".join(str(word).strip("-") for word in words)
 
 
 def run(study: str, row: str, seed: int, *data) -> dict:
     """One run of a study; returns its results. Rows with the same flags, of any study, share their runs."""
+
+    def folder(words: str) -> Path:
+        return RUNS / "-".join(f"{words} {seed}".replace("--", "").split())
+
     pretraining, finetuning = STUDIES[study][row]
-    flags = ["--no-compare", "--seed", seed, *data]
-    if pretraining is None:
-        flags += ["--from-scratch"]
-    else:
-        folder = RUNS / slug("pretrain", *pretraining, seed)
-        name = "notebooks/masked.py" if "--visible" in pretraining else "train.py"
-        before = script(name, folder, *pretraining, "--seed", seed, *data)
-        flags += ["--checkpoint", folder / "last.pt"]
-    start = ("scratch",) if pretraining is None else ("pretrained", *pretraining)
-    results = script("finetune.py", RUNS / slug("finetune", *start, *finetuning, seed), *flags, *finetuning)
-    kept = () if pretraining is None else ("loss", "seconds", "peak_memory_mib")
-    return results | (dict(pretraining={key: before[key] for key in kept}) if kept else {})
+    common, start, name, results = ["--seed", seed, *data], ["--from-scratch"], "finetune scratch", {}
+    if pretraining is not None:
+        name, first = f"finetune pretrained {pretraining}", folder(f"pretrain {pretraining}")
+        objective = "notebooks/masked.py" if "--visible" in pretraining else "train.py"
+        before = script(objective, first, *pretraining.split(), *common)
+        results["pretraining"] = {key: before[key] for key in ("loss", "seconds", "peak_memory_mib")}
+        start = ["--checkpoint", first / "last.pt"]
+    flags = ["--no-compare", *start, *finetuning.split(), *common]
+    return script("finetune.py", folder(f"{name} {finetuning}"), *flags) | results
 
 
 def read(study: str) -> list[dict]:

@@ -883,7 +883,7 @@ def test_masked_pretraining_keeps_hidden_pixels_hidden_and_starts_a_classifier(s
 
 @pytest.mark.slow
 def test_a_study_runs_and_goes_on(study, monkeypatch):
-    rows = {"pretrained": (("--max-steps", 4), ("--max-steps", 2)), "from scratch": (None, ("--max-steps", 3))}
+    rows = {"pretrained": ("--max-steps 4", "--max-steps 2"), "from scratch": (None, "--max-steps 3")}
     monkeypatch.setitem(study.STUDIES, "default", rows)
     pretrained, scratch = (study.run("default", row, 3) for row in rows)
     assert (pretrained["steps"], scratch["steps"], pretrained["args"]["seed"]) == (2, 3, 3)
