@@ -379,7 +379,7 @@ def _once(probe):
     """Ask a question about this machine once. To torch.compile the answer is a constant, as by its own
     assume_constant_result, which would import the compiler; a plain functools.cache it would trace through."""
     cached = functools.cache(probe)
-    once = functools.wraps(probe)(lambda *args: cached(*args))
+    once = functools.wraps(probe)(lambda *args, **names: cached(*args, **names))
     once._dynamo_marked_constant, once.cache_clear = True, cached.cache_clear
     return once
 

@@ -74,8 +74,12 @@ def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namesp
     parser.set_defaults(betas=(0.9, 0.999))
 
     given, _ = parser.parse_known_args(argv)
-    if given.from_scratch and given.eval:
-        raise ValueError("--eval --from-scratch would evaluate random weights: give a --checkpoint")
+    if given.from_scratch and (given.eval or given.fresh_directions or given.weights != "model"):
+        raise ValueError(
+            "--eval, --fresh-directions and --weights need a --checkpoint, not --from-scratch: leave one out"
+        )
+    if given.eval and given.labels or given.probe and given.class_list:
+        raise ValueError("--eval uses no --labels, and --probe no --class-list: leave one out")
     if given.from_scratch:
         return train.parse(parser, {name: PRESETS[name] | SCRATCH[name] for name in PRESETS}, argv), None
     path = given.checkpoint or newest_finished("finetune" if given.eval else "pretrain")
@@ -89,7 +93,9 @@ def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namesp
     if config.get("stage") == "pretrain":  # only what its flags said: finetuning has other values in its preset
         usual = vars(train.pretraining_arguments(["--preset", args["preset"]])) | dict(preset=None)
     names = ("preset", "data", "image_size", "flip", "directions", "pool", *SHAPE)
-    inherited = {name: args[name] for name in names if name in args and args[name] != usual.get(name)}
+    inherited = {k: args[k] for k in names if k in args and (k in SHAPE or args[k] != usual.get(k))}
+    if given.preset not in (None, args.get("preset")):
+        inherited.pop("data", None)  # it is another's
     return train.parse(parser, PRESETS, argv, checkpoint=path, **inherited), checkpoint
 
 
@@ -163,6 +169,8 @@ def pick(targets: list[int], number: int | None, seed: int, holdout: int | None)
     order = sorted((turn, c, i) for c, indices in by_class.items() for turn, i in enumerate(indices))
     indices = [i for _, _, i in order]  # one of each class, then a second of each, ...
     rest = len(indices) - (holdout or 0)
+    if not 0 <= rest <= len(indices) or number is not None and number < 1:
+        raise ValueError(f"--labels {number}, --holdout {holdout}: choose from the {len(indices)} training images")
     labelled, held = indices[:rest][:number], indices[rest:]
     if number and len(labelled) < number:
         raise ValueError(f"--labels {number}, but there are only {len(labelled)} training images beside the held-out")
@@ -190,21 +198,24 @@ def evaluation_transform(args: argparse.Namespace, mode: str) -> list:
 
 
 @torch.no_grad()
-def outputs(net, data: train.Seeded, draws, args: argparse.Namespace, device: torch.device) -> tuple:
-    """net(images) and labels of those draws of the data that can be read."""
-    loader = DataLoader(data, args.batch_size, sampler=draws, num_workers=args.num_workers)
-    with train.autocast(args):
-        pairs = [(net(x.to(device, torch.get_default_dtype())).float().cpu(), y) for x, y in loader]
-    x, y = map(torch.cat, zip(*pairs))
-    return x[y >= 0], y[y >= 0]  # broken images have no label
+def outputs(net, data: train.Seeded, draws, args: argparse.Namespace, device: torch.device):
+    """Batches of net(images) and labels, of those draws of the data that can be read."""
+    for x, y in DataLoader(data, args.batch_size, sampler=draws, num_workers=args.num_workers):
+        with train.autocast(args):
+            x = net(x.to(device, torch.get_default_dtype())).float().cpu()
+        yield x[y >= 0], y[y >= 0]  # broken images have no label
 
 
 def evaluate(model, data: train.Seeded, args: argparse.Namespace, device: torch.device, columns=slice(None)) -> dict:
     """Top-1 and top-5 in percent, among the logits in `columns`. Each process takes its share of the images."""
-    logits, labels = outputs(model.eval(), data, range(train.RANK, len(data), train.PROCESSES), args, device)
-    logits = logits[:, columns]
-    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    top1, top5, n = train.sum_over_processes([hits[:, 0].sum(), hits.sum(), len(labels)]).tolist()
+    counts = torch.zeros(3, dtype=torch.float64)
+    for logits, labels in outputs(model.eval(), data, range(train.RANK, len(data), train.PROCESSES), args, device):
+        logits = logits[:, columns]
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        counts += torch.tensor([hits[:, 0].sum(), hits.sum(), len(labels)])
+    top1, top5, n = train.sum_over_processes(counts).tolist()
+    if n == 0:
+        raise ValueError("no test image can be read: look at --data")
     return dict(top1=100 * top1 / n, top5=100 * top5 / n, images=int(n))
 
 
@@ -218,7 +229,7 @@ def probe(features, labelled: train.Seeded, held: train.Seeded, test: train.Seed
     places, sets = 5 if args.preset == "digits" else 1, []
     for data, epochs in ((labelled, places), (held, 1), (test, 1)):
         draws = [(epoch, i) for epoch in range(epochs) for i in range(len(data))]
-        sets.append([x.numpy() for x in outputs(features, data, draws, args, device)])
+        sets.append([torch.cat(x).numpy() for x in zip(*outputs(features, data, draws, args, device))])
     seen, held, test = sets
     ks = [k for k in (1, 5, 20) if k <= len(seen[0])]
     knn = [neighbors.KNeighborsClassifier(k, metric=metric) for k in ks for metric in ("l2", "cosine")]
@@ -263,8 +274,8 @@ def train_one(args: argparse.Namespace, run: train.Run, model: VisionMamba, data
     return train.fit(args, run, model.train(), loss_of, data, optimizer, config, ema), ema
 
 
-def run_one(args: argparse.Namespace, checkpoint: dict | None) -> dict:
-    """Train (unless --eval or --probe) and evaluate one classifier."""
+def run_one(args: argparse.Namespace, checkpoint: dict | None, mode: str | None = None) -> dict:
+    """Train (unless --eval or --probe) and evaluate one classifier, with the data's colours or, by `mode`, others."""
     if args.probe and args.holdout:
         raise ValueError("--probe holds images out by itself, to choose its settings: leave --holdout out")
     device = train.set_up(args)
@@ -276,7 +287,7 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None) -> dict:
         raise ValueError(f"classes differ, {names}: make them the same")
     columns = logit_columns(known, classes) if not args.probe else None
     torch.manual_seed(train.seed_from("weights", args.seed))
-    model = build_model(args, checkpoint, images.mode, known).to(device)
+    model = build_model(args, checkpoint, mode or images.mode, known).to(device)
     model.grad_checkpoint = args.grad_checkpoint
     mode = images.mode = test.mode = "RGB" if model.config.channels == 3 else "L"  # an RGB model takes grey as RGB
     holdout = len(images) // 5 if args.probe else args.holdout
@@ -285,16 +296,16 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None) -> dict:
     run, steps = train.Run(args, stage), evaluation_transform(args, mode)
     tested = train.Seeded(test, steps, seed=0, indices=held if args.holdout else None, exact=True)
 
-    results, seconds, ema = {}, 0.0, None
+    results, seconds, ema = dict(mode=mode), 0.0, None
     if args.probe:
         labelled, held = (train.Seeded(images, steps, args.seed, part, exact=True) for part in (labelled, held))
         features = model.eval().features if args.probe == "features" else torch.nn.Flatten()
-        results = probe(features, labelled, held, tested, args, device)
+        results |= probe(features, labelled, held, tested, args, device)
     elif not args.eval:
         args.batch_size = min(args.batch_size, len(labelled))
         data = train.Seeded(images, augmentation(args, mode), args.seed, labelled)
         seconds, ema = train_one(args, run, model, data, classes)
-        results = dict(labels=len(labelled), steps=run.step, broken=run.broken)
+        results |= dict(labels=len(labelled), steps=run.step, broken=run.broken)
     if not args.probe:
         results |= evaluate(model, tested, args, device, columns) | dict(seconds=round(seconds, 1))
     if ema:
@@ -323,7 +334,7 @@ def main(argv: list[str] | None = None) -> dict:
         recipe = {k: v for k, v in SCRATCH[args.preset].items() if f"--{k.replace('_', '-')}" not in flags}
         scratch = argparse.Namespace(**vars(args) | recipe | dict(from_scratch=True, checkpoint=None))
         scratch.output_dir = args.output_dir and args.output_dir / "from-scratch"
-        results["scratch"] = run_one(scratch, None)
+        results["scratch"] = run_one(scratch, None, results["mode"])
         gain = f"{results['top1'] - results['scratch']['top1']:+.1f} points"
         train.say(f"pretraining: {gain} over the same training from scratch, {results['labels']} labels, one seed")
     return results

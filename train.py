@@ -33,7 +33,6 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
@@ -49,7 +48,8 @@ if os.name != "nt":  # Windows has neither
 
 from armamba import ARM, ORDERS, VARIANTS, ARMConfig, from_clusters, patchify, scan_backend, unpatchify
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun tells
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun tells
+RANK = int(os.environ["RANK"]) if PROCESSES > 1 else 0
 
 # --- Presets and arguments --------------------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ PRESETS = {
     # huge's recipe is not published: large's values, with the paper's batch and epochs
     "imagenet-huge": IMAGENET | dict(variant="huge", effective_batch=512, epochs=800),
 }
-SIZES = ("d_model", "depth", "d_state", "patch_size", "cluster_size")  # of the encoder
+SIZES = ("d_model", "depth", "d_state", "patch_size", "cluster_size")
 SWITCH = argparse.BooleanOptionalAction
 
 
@@ -187,7 +187,7 @@ def load_images(args: argparse.Namespace, train: bool) -> Dataset:
         for turn in (True, False):  # the first process of each machine downloads, then the others read
             if turn == (os.environ.get("LOCAL_RANK", "0") == "0"):
                 data = kind(root, train=train, download=turn)
-            sum_over_processes(0)  # waits for all
+            sum_over_processes(0).item()  # reading it waits for all, also on GPUs
     else:
         part = root / ("train" if train else "val")
         part = root if (train or args.eval) and not part.is_dir() else part
@@ -296,14 +296,12 @@ class TrainingBatches:
             raise ValueError(f"{n} images do not fill one effective batch of {self.effective}: lower --batch-size")
 
     def __iter__(self):
-        for step in itertools.count(self.start):
-            epoch, i = divmod(step, self.per_epoch)
-            if i == 0 or step == self.start:
-                generator = torch.Generator().manual_seed(seed_from("order", self.seed, epoch))
-                order = torch.randperm(self.n, generator=generator)
-            batch = order[i * self.effective : (i + 1) * self.effective].view(self.accum, PROCESSES, self.size)
-            for micro in batch[:, RANK].tolist():
-                yield [(epoch, index) for index in micro]
+        for epoch in itertools.count(self.start // self.per_epoch):
+            generator = torch.Generator().manual_seed(seed_from("order", self.seed, epoch))
+            order = torch.randperm(self.n, generator=generator)[: self.per_epoch * self.effective]
+            steps = order.view(self.per_epoch, self.accum, PROCESSES, self.size)[:, :, RANK]
+            for batch in steps[max(0, self.start - epoch * self.per_epoch) :].flatten(0, 1).tolist():
+                yield [(epoch, index) for index in batch]
 
 
 # --- Processes and devices --------------------------------------------------------------------------------------------
@@ -379,7 +377,7 @@ def load_checkpoint(path: Path | str) -> dict:
         if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch.load does not look
             raise RuntimeError(f"the checksum of {part} is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
+            return torch.load(path, map_location="cpu", weights_only=True) | {}  # an error if it is no dict
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint at {path}") from None
     except Exception as error:  # whatever reading something else may raise
@@ -433,9 +431,10 @@ class Run:
         self.step = self.state.get("step", 0)
         if sum_over_processes(self.step) != self.step * PROCESSES:
             raise ValueError(f"processes found different checkpoints: put {self.folder} where all machines see it")
-        if RANK == 0:  # one line for each step of the checkpoint; later ones will be written again
+        if RANK == 0:  # keep the steps of the checkpoint; later ones, or half a line, will be written again
             self.file.seek(0)
-            self.file.truncate(sum(map(len, self.file.readlines()[: self.step])))
+            kept = itertools.takewhile(lambda x: x[-2:] == "}\n" and json.loads(x)["step"] <= self.step, self.file)
+            self.file.truncate(sum(map(len, kept)))
 
     def begin(self, config: dict, parts: dict) -> float:
         """Load the state of the parts, which belong into a checkpoint, if there is one; returns the seconds so far."""
@@ -449,8 +448,8 @@ class Run:
             return 0.0
         mine, theirs = (c["args"] | dict(effective_batch=c["effective_batch"]) for c in (config, self.state["config"]))
         free = "output_dir resume device num_workers save_every data compare batch_size accum".split()
-        differ = [f"{k} was {theirs.get(k)}, is {v}" for k, v in mine.items() if k not in free and theirs.get(k) != v]
-        if differ:
+        pairs = {key: (theirs.get(key), mine.get(key)) for key in mine | theirs if key not in free}
+        if differ := [f"{key} was {was}, is {value}" for key, (was, value) in pairs.items() if was != value]:
             raise ValueError(f"--resume with other settings ({'; '.join(differ)}): repeat the run's own flags")
         for name, part in parts.items():
             part.load_state_dict(self.state[name])
@@ -498,19 +497,17 @@ class Run:
 
     def write_results(self, results: dict) -> dict:
         """With what they were measured on, and the most memory of this process (on the GPU, if that is used)."""
+        info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+        name = info.partition("model name\t: ")[2].partition("\n")[0] or platform.processor() or platform.machine()
+        machine, unit = f"{name}, {os.cpu_count()} cores", 2**20 if sys.platform == "darwin" else 2**10
+        peak = None if os.name == "nt" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
         if self.device == "cuda":
             machine, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() // 2**20
-        else:
-            info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-            name = info.partition("model name\t: ")[2].partition("\n")[0] or platform.processor() or platform.machine()
-            machine, unit = f"{name}, {os.cpu_count()} cores", 2**20 if sys.platform == "darwin" else 2**10
-            peak = None if os.name == "nt" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
         results |= dict(stage=self.stage, machine=machine, date=time.strftime("%Y-%m-%d"), peak_memory_mib=peak)
         results |= dict(torch=torch.__version__, python=platform.python_version())
         if RANK == 0:
-            temporary = self.folder / "results.json.tmp"
-            temporary.write_text(json.dumps(results, indent=1, default=str) + "\n")
-            os.replace(temporary, self.folder / "results.json")
+            self.temporary.write_text(json.dumps(results, indent=1, default=str) + "\n")
+            os.replace(self.temporary, self.folder / "results.json")
         return results
 
 
@@ -610,6 +607,8 @@ def prediction_figure(arm: ARM, images: torch.Tensor, mode: str):
     With norm_pix the network predicts a patch up to its brightness and contrast. To show pixels these two are taken
     from the true patch, and the figure says so; without norm_pix nothing is borrowed.
     """
+    import matplotlib.pyplot as plt
+
     config, size, n = arm.config, arm.config.cluster_size**2, len(images)
     tokens, prediction = arm.arrange(patchify(images, config.patch_size)), arm.predict(images)  # cluster after cluster
     seen, clusters = tokens.clone(), [1 + (i + 1) * (config.n_clusters - 1) // (n + 1) for i in range(n)]
@@ -636,15 +635,16 @@ def prediction_figure(arm: ARM, images: torch.Tensor, mode: str):
     return figure
 
 
-def main(argv: list[str] | None = None, objective=ARM) -> dict:
-    """Pretrain; returns what is also written to results.json. objective: ARM, or what is made and trained like it."""
+def main(argv: list[str] | None = None, objective=ARM, **options) -> dict:
+    """Pretrain; returns what is also written to results.json. objective: ARM, or a variant of it, with its options."""
     args = pretraining_arguments(argv)
+    vars(args).update(options, objective=objective.__name__)
     if args.preset == "imagenet-huge":
         say("note: the recipe for huge is not published; these are large's values")
     device, images = set_up(args), load_images(args, train=True)
     shape = model_config(args, images.mode)
     torch.manual_seed(seed_from("weights", args.seed))
-    arm = objective(shape).to(device)
+    arm = objective(shape, **options).to(device)
     arm.encoder.grad_checkpoint = args.grad_checkpoint
     optimizer = torch.optim.AdamW(parameter_groups(arm, args.weight_decay), betas=args.betas, fused=True)
     data = Seeded(images, random_crop(args) + to_tensor(images.mode), args.seed)
@@ -653,7 +653,10 @@ def main(argv: list[str] | None = None, objective=ARM) -> dict:
 
     if RANK > 0:
         return {}
-    records = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]  # gives up the lock
+    import matplotlib.pyplot as plt
+
+    run.file.seek(0)  # not opened anew: closing any handle would give up the lock
+    records = [json.loads(line) for line in run.file]
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     axes.plot([r["step"] for r in records], [r["loss"] for r in records], color="0.2", linewidth=1)
     axes.set(xlabel="optimiser step", ylabel="training loss (mean squared error)")

@@ -1,6 +1,6 @@
 """Masked pretraining with ARM's parts, to compare objectives: from the visible patches, predict the hidden ones.
 
-    python notebooks/masked.py --visible 0.25 --output-dir runs/masked    # and all the flags of train.py
+    python notebooks/masked.py --visible 0.25 --output-dir runs/masked    # and the flags of train.py
     python finetune.py --checkpoint runs/masked/last.pt
 
 Encoder, taps, decoder, targets and recipe are ARM's; what differs is what is read and what is asked for. It is not the
@@ -8,7 +8,6 @@ paper's masked variant to the letter, which is not published.
 """
 
 import argparse
-import functools
 import math
 import sys
 from pathlib import Path
@@ -34,6 +33,10 @@ class Masked(ARM):
         if directions > 1:
             self.encoder = VisionMamba(config, num_classes=None, directions=directions)
         self.n_visible = round(visible * math.prod(config.grid))
+        if config.order != "row" or directions > 1 and not in_place:
+            raise ValueError(
+                f"order {config.order!r}, {directions} directions: there is no order here, and 4 need in_place"
+            )
         if not 0 < self.n_visible < math.prod(config.grid):
             raise ValueError(f"visible {visible} leaves no patch to see, or none to predict: choose a share in between")
         self.mask_token = nn.Parameter(torch.empty(1, 1, config.d_model).normal_(std=0.02)) if in_place else None
@@ -62,10 +65,11 @@ class Masked(ARM):
         return self.ar_pred(self.ar_norm(q))
 
     def forward(self, images: Tensor) -> Tensor:
-        """The loss, on hidden patches only, each normalised by itself."""
+        """The loss, on hidden patches only."""
         visible, hidden = self.draw(len(images))
         target = patchify(images, self.config.patch_size).take_along_dim(hidden, 1)
-        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        if self.config.norm_pix:
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         return (self.reconstruct(images, visible, hidden) - target).square().mean()
 
 
@@ -73,7 +77,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--visible", type=float, default=0.25)
     options, flags = parser.parse_known_args(argv)
-    return train.main(flags, functools.partial(Masked, visible=options.visible))
+    return train.main(flags, Masked, visible=options.visible)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -531,8 +533,12 @@ def test_recipes_go_by_the_preset_and_flags_override_them(tmp_path):
     for wrong in (["--checkpoint", "x", "--from-scratch"], ["--eval", "--probe", "pixels"]):
         with pytest.raises(SystemExit):
             finetune.finetuning_arguments(wrong)
-    with pytest.raises(ValueError, match="would evaluate random weights"):
-        classify("--eval", "--from-scratch")
+    for flags in (["--eval"], ["--fresh-directions"], ["--weights", "model_ema"]):
+        with pytest.raises(ValueError, match="need a --checkpoint, not --from-scratch"):
+            classify("--from-scratch", *flags)
+    for flags in (["--eval", "--labels", "10"], ["--probe", "pixels", "--class-list", "x"]):
+        with pytest.raises(ValueError, match="--eval uses no --labels, and --probe no --class-list"):
+            classify("--checkpoint", "out/last.pt", *flags)
     with pytest.raises(ValueError, match="leave --holdout out"):
         classify("--probe", "pixels", "--from-scratch", "--holdout", 100)
     with pytest.raises(ValueError, match="--fresh-directions: out/last.pt is no pretrained model"):
@@ -614,6 +620,22 @@ def test_pretrained_weights_arrive():
     )
 
 
+@pytest.mark.parametrize("flags", [["--labels", 0], ["--holdout", -1], ["--holdout", 1442], ["--holdout", 1443]])
+def test_numbers_of_images_that_cannot_be_are_errors(flags):
+    with pytest.raises(ValueError, match="1442 training images|training images beside the held-out"):
+        classify("--from-scratch", *flags)
+
+
+def test_both_sides_of_a_comparison_have_the_same_shape(tmp_path):
+    """Also under another preset than the checkpoint's, whose patches and colours differ."""
+    pretrain("--output-dir", "run")  # patches of 4 pixels, grey
+    root = make_folder(tmp_path / "photos", size=(24, 24))
+    flags = ["--preset", "folder", "--data", root, "--image-size", 24, "--batch-size", 4, "--num-workers", 0]
+    finetune.main([*TINY, *map(str, flags), "--checkpoint", "run/last.pt", "--compare", "--output-dir", "ft"])
+    models = [load(f"ft/{side}last.pt")["config"] for side in ("", "from-scratch/")]
+    assert [(x["model"]["patch_size"], x["model"]["channels"], x["mode"]) for x in models] == [(4, 1, "L")] * 2
+
+
 def test_labels_are_balanced_and_disjoint_from_the_held_out():
     targets = train.Digits(True).targets
     labelled, held = finetune.pick(targets, 60, seed=0, holdout=300)
@@ -640,7 +662,7 @@ def test_evaluation_counts_what_is_right():
             return -(torch.arange(10.0)[None] - x[:, :1]).abs()
 
     data = [(torch.tensor([float(c + (i % 2))]), c) for i, c in enumerate([0, 1, 2, 3, 4, 5, 6, 7, 8] * 3)]
-    args = argparse.Namespace(batch_size=4, num_workers=0, precision="fp32", preset="cifar10", data=None)
+    args = argparse.Namespace(batch_size=4, num_workers=0, precision="fp32")
     found = finetune.evaluate(Model(), data, args, torch.device("cpu"))
     assert found["images"] == 27 and found["top1"] == pytest.approx(100 * 14 / 27) and found["top5"] == 100
 
@@ -796,6 +818,18 @@ def test_two_processes_are_one_in_fp64(stage):
 
 
 @pytest.mark.slow
+def test_evaluation_with_fewer_images_than_processes(tmp_path):
+    root = make_folder(tmp_path / "photos", per_class=1, size=(16, 16))
+    small = ["--image-size", 16, "--patch-size", 4, "--batch-size", 2, "--num-workers", 0, "--device", "cpu"]
+    script("finetune.py", "--from-scratch", "--data", root, *small, "--max-steps", 1, "--output-dir", "ft")
+    shutil.rmtree(Path(root, "val", "dog"))
+    Path(root, "val", "dog").mkdir()  # one image is left
+    flags = ["--eval", "--checkpoint", "ft/last.pt", "--data", root, "--num-workers", 0, "--device", "cpu"]
+    on_two("finetune.py", *flags, "--output-dir", "eval")
+    assert json.loads(Path("eval/results.json").read_text())["images"] == 1
+
+
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one():
     """The first moments of AdamW after one step are a tenth of the gradients."""
     flags = ["--device", "cpu", "--max-steps", 1]
@@ -878,6 +912,17 @@ def test_masked_pretraining_keeps_hidden_pixels_hidden_and_starts_a_classifier(s
     results = masked.main([*TINY, "--visible", "0.5", "--output-dir", "run"])
     assert math.isfinite(results["loss"]) and Path("run/loss.png").exists()
     assert not Path("run/predictions.png").exists()  # which would show what an autoregressive model predicts
+    for main, flags in ((masked.main, ["--visible", "0.25"]), (train.main, [])):  # another objective is no resumption
+        with pytest.raises(ValueError, match="visible was 0.5, is"):
+            main([*TINY, *flags, "--output-dir", "run", "--resume"])
+    with pytest.raises(ValueError, match="4 need in_place"):
+        masked.Masked(config, directions=4)
+    losses = [masked.Masked(replace(config, norm_pix=norm_pix), visible=0.5) for norm_pix in (True, False)]
+    losses[1].load_state_dict(losses[0].state_dict())
+    torch.manual_seed(0)
+    normalised = losses[0](10 * images)
+    torch.manual_seed(0)
+    assert losses[1](10 * images) > 10 * normalised
     assert classify("--checkpoint", "run/last.pt")["images"] == 355
 
 
