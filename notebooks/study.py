@@ -97,6 +97,12 @@ STUDIES = {
         )
         for x in values
     },
+    "masked": {
+        "autoregressive": ("--base-lr 2.4e-2", ""),
+        "masked, equal time": (f"{QUARTER} --base-lr 2.4e-2", ""),
+        "masked, equal epochs": ("--visible 0.25 --base-lr 2.4e-2", ""),
+        "from scratch": (None, ""),
+    },
     "size": {  # at the rates chosen for width 64 and depth 4, or at others
         f"{name}: {start}": (pre, ft) if start == "pretrained" else (None, f"{pre} {scratch}".strip())
         for name, pre, ft, scratch in (
@@ -171,9 +177,8 @@ def table(study: str) -> str:
     for line in read(study):
         scores.setdefault(line["row"], {})[line["seed"]] = score(line)
     lines = [f"| {study} | top-1 (%) | first row is ahead by | seeds |", "|---|---|---|---|"]
-    rows = [row for row in STUDIES[study] if row in scores]
-    for row in rows:
-        first = scores[reference(rows, row)]
+    for row in [row for row in STUDIES[study] if row in scores]:
+        first = scores.get(reference(STUDIES[study], row), {})
         pairs = [first[seed] - top1 for seed, top1 in scores[row].items() if seed in first]
         ahead = interval(pairs) if pairs and first is not scores[row] else ""
         lines.append(f"| {row} | {interval(list(scores[row].values()))} | {ahead} | {len(scores[row])} |")
