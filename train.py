@@ -506,8 +506,9 @@ class Run:
         results |= dict(stage=self.stage, machine=machine, date=time.strftime("%Y-%m-%d"), peak_memory_mib=peak)
         results |= dict(torch=torch.__version__, python=platform.python_version())
         if RANK == 0:
-            self.temporary.write_text(json.dumps(results, indent=1, default=str) + "\n")
-            os.replace(self.temporary, self.folder / "results.json")
+            temporary = self.folder / "results.json.tmp"
+            temporary.write_text(json.dumps(results, indent=1, default=str) + "\n")
+            os.replace(temporary, self.folder / "results.json")
         return results
 
 
