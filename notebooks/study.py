@@ -171,17 +171,22 @@ def reference(rows, row: str) -> str:
     return next(other for other in rows if other.partition(":")[0] == row.partition(":")[0] or ":" not in row)
 
 
+def scores(study: str) -> dict[str, dict[int, float]]:
+    """Top-1 (%) by row and seed, rows in the study's order; rows without runs are left out."""
+    lines = read(study)
+    found = {row: {line["seed"]: score(line) for line in lines if line["row"] == row} for row in STUDIES[study]}
+    return {row: by_seed for row, by_seed in found.items() if by_seed}
+
+
 def table(study: str) -> str:
     """Markdown: top-1, and by how much the row that it is compared with is ahead, paired by seed."""
-    scores: dict[str, dict[int, float]] = {}
-    for line in read(study):
-        scores.setdefault(line["row"], {})[line["seed"]] = score(line)
+    found = scores(study)
     lines = [f"| {study} | top-1 (%) | first row is ahead by | seeds |", "|---|---|---|---|"]
-    for row in [row for row in STUDIES[study] if row in scores]:
-        first = scores.get(reference(STUDIES[study], row), {})
-        pairs = [first[seed] - top1 for seed, top1 in scores[row].items() if seed in first]
-        ahead = interval(pairs) if pairs and first is not scores[row] else ""
-        lines.append(f"| {row} | {interval(list(scores[row].values()))} | {ahead} | {len(scores[row])} |")
+    for row, by_seed in found.items():
+        first = found.get(reference(STUDIES[study], row), {})
+        pairs = [first[seed] - top1 for seed, top1 in by_seed.items() if seed in first]
+        ahead = interval(pairs) if pairs and first is not by_seed else ""
+        lines.append(f"| {row} | {interval(list(by_seed.values()))} | {ahead} | {len(by_seed)} |")
     return "\n".join(lines)
 
 

@@ -856,10 +856,11 @@ def study(monkeypatch):
     return study
 
 
-def test_the_readmes_table_is_the_studys(study, monkeypatch):
+@pytest.mark.parametrize("name", ["default", "fashion"])
+def test_the_readmes_table_is_the_studys(name, study, monkeypatch):
     monkeypatch.setattr(study, "RESULTS", ROOT / "notebooks" / "results")
-    _, *rows = study.table("default").splitlines()
-    assert "\n".join(rows) in (ROOT / "README.md").read_text(), "paste `study.py default --table` again"
+    _, *rows = study.table(name).splitlines()
+    assert "\n".join(rows) in (ROOT / "README.md").read_text(), f"paste `study.py {name} --table` again"
 
 
 def test_study_table(study):
