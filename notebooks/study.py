@@ -32,10 +32,30 @@ BUDGETS = {100: 150, 1000: 300, 10000: 500}  # labels: finetuning steps; the pre
 QUARTER, HALF = "--visible 0.25 --epochs 56", "--visible 0.5 --epochs 42"
 
 
+# labels and finetuning steps: the default run has 100 and 150
+LENGTHS = {f"30 labels, {steps} steps": f"--labels 30 --max-steps {steps}" for steps in (150, 300, 600)}
+LENGTHS |= {"100 labels, 150 steps": "", "100 labels, 300 steps": "--max-steps 300"}
+LENGTHS |= {"100 labels, 600 steps": "--max-steps 600"}
+# size: flags of the model, finetuning rate of the pretrained one and of the one from scratch, as `size-tune` chose them
+SIZES = {
+    "width 32": ("--d-model 32", "", ""),
+    "width 64": ("", "", ""),  # the default run's
+    "width 128": ("--d-model 128", "", ""),
+    "depth 2": ("--depth 2", "", ""),
+    "depth 8": ("--depth 8", "", ""),
+}
+
+
 def rates(*values: str, **sides: tuple) -> dict:
     """The same number of learning rates for both sides, on held-out training images."""
     rows = {name.replace("_", " "): flags for name, flags in sides.items()}
     return {f"{name}, base lr {x}": (pre, f"{ft} --base-lr {x}") for name, (pre, ft) in rows.items() for x in values}
+
+
+def both(kind: str, model: str, finetuning: str, scratch: str | None = None) -> dict:
+    """A kind of run from a pretrained model and from scratch, with flags of the model and of the two finetunings."""
+    scratch = finetuning if scratch is None else scratch
+    return {f"{kind}: pretrained": (model, finetuning), f"{kind}: from scratch": (None, f"{model} {scratch}".strip())}
 
 
 # study: {row: (flags of train.py, or None to start from random weights; flags of finetune.py)}. Rows are compared with
@@ -103,19 +123,17 @@ STUDIES = {
         "masked, equal epochs": ("--visible 0.25 --base-lr 2.4e-2", ""),
         "from scratch": (None, ""),
     },
-    "size": {  # at the rates chosen for width 64 and depth 4, or at others
-        f"{name}: {start}": (pre, ft) if start == "pretrained" else (None, f"{pre} {scratch}".strip())
-        for name, pre, ft, scratch in (
-            ("width 32", "--d-model 32", "", ""),
-            ("width 64", "", "", ""),
-            ("width 128", "--d-model 128", "", ""),
-            ("depth 2", "--depth 2", "", ""),
-            ("depth 8", "--depth 8", "", ""),
-            ("width 32, twice the rate", "--d-model 32", "--base-lr 1.6e-1", "--base-lr 8e-2"),
-            ("width 128, half the rate", "--d-model 128", "--base-lr 4e-2", "--base-lr 2e-2"),
-        )
-        for start in ("pretrained", "from scratch")
-    },
+    "size-tune": rates(
+        *("2e-2", "4e-2", "8e-2", "1.6e-1"),
+        **{
+            f"{size}, {side}": (model, HELD) if side == "pretrained" else (None, f"{model} {HELD}")
+            for size, (model, *_) in SIZES.items()
+            for side in ("pretrained", "from scratch")
+            if model
+        },
+    ),
+    "size": {row: flags for size, words in SIZES.items() for row, flags in both(size, *words).items()},
+    "length": {row: flags for kind, words in LENGTHS.items() for row, flags in both(kind, "", words).items()},
 }
 
 
@@ -153,7 +171,7 @@ def read(study: str) -> list[dict]:
 def score(line: dict) -> float:
     """Top-1 in percent, of a classifier or of what a probe has put in its place."""
     results = line["results"]
-    return results["top1"] if "top1" in results else results["knn" if "neighbours" in line["row"] else "linear"]
+    return results["top1"] if "top1" in results else results["knn" if "neighbours" in line["name"] else "linear"]
 
 
 def interval(values: list[float]) -> str:
@@ -174,7 +192,7 @@ def reference(rows, row: str) -> str:
 def scores(study: str) -> dict[str, dict[int, float]]:
     """Top-1 (%) by row and seed, rows in the study's order; rows without runs are left out."""
     lines = read(study)
-    found = {row: {line["seed"]: score(line) for line in lines if line["row"] == row} for row in STUDIES[study]}
+    found = {row: {line["seed"]: score(line) for line in lines if line["name"] == row} for row in STUDIES[study]}
     return {row: by_seed for row, by_seed in found.items() if by_seed}
 
 
@@ -208,9 +226,9 @@ if __name__ == "__main__":
     data = ("--data", Path(options.data).absolute()) if options.data else ()
     for row in [] if options.table else STUDIES[options.study]:
         for seed in options.seeds:
-            if not any((line["row"], line["seed"]) == (row, seed) for line in read(options.study)):
+            if not any((line["name"], line["seed"]) == (row, seed) for line in read(options.study)):
                 results = run(options.study, row, seed, *data)
                 with open(RESULTS / f"{options.study}.jsonl", "a") as file:
-                    line = dict(study=options.study, row=row, seed=seed, results=results)
+                    line = dict(study=options.study, name=row, seed=seed, results=results)
                     file.write(json.dumps(line, default=str) + "\n")
     print(f"{table(options.study)}\n\n{sampling_error(options.study)}" if read(options.study) else "no runs yet")

@@ -869,7 +869,7 @@ def test_study_table(study):
     with open(study.RESULTS / "default.jsonl", "w") as file:
         for row, values in scores.items():
             for seed, top1 in reversed(list(enumerate(values))):
-                line = dict(study="default", row=row, seed=seed, results=dict(top1=top1))
+                line = dict(study="default", name=row, seed=seed, results=dict(top1=top1))
                 file.write(json.dumps(line) + "\n" if top1 else "")
     assert study.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == "3.0 ± 2.0"  # 2.776 * 1.581 / sqrt(5)
     lines = study.table("default").splitlines()
@@ -885,7 +885,7 @@ def test_study_groups_probes_and_sampling(study):
         for row, values in tops.items():
             for seed, value in enumerate(values):
                 other = dict(knn=0.0, linear=0.0) | {"knn" if "neigh" in row else "linear": value}
-                file.write(json.dumps(dict(row=row, seed=seed, results=other | dict(images=100))) + "\n")
+                file.write(json.dumps(dict(name=row, seed=seed, results=other | dict(images=100))) + "\n")
     lines = study.table("frozen").splitlines()[2:]
     assert lines[0].startswith("| nearest neighbours: pretrained | 45.0 ±") and lines[0].endswith("|  | 2 |")
     assert "| 8.0 ± 25.4 | 2 |" in lines[1] and lines[2].endswith("|  | 2 |") and "| -1.0 ± 0.0 |" in lines[3]
