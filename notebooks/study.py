@@ -133,7 +133,12 @@ STUDIES = {
         },
     ),
     "size": {row: flags for size, words in SIZES.items() for row, flags in both(size, *words).items()},
-    "length": {row: flags for kind, words in LENGTHS.items() for row, flags in both(kind, "", words).items()},
+    "length": {row: flags for kind, words in LENGTHS.items() for row, flags in both(kind, "", words).items()}
+    | {
+        "100 labels, 150 steps: pretrained a quarter as long": ("--epochs 7", ""),
+        "100 labels, 150 steps: pretrained four times as long": ("--epochs 112", ""),
+        "100 labels, 600 steps: pretrained four times as long": ("--epochs 112", "--max-steps 600"),
+    },
 }
 
 
