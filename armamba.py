@@ -89,8 +89,9 @@ class ARMConfig:
         _require(blocks <= depth, f"decoder_depth {blocks} taps as many of only {depth} encoder blocks: lower it")
         first, gaps = min(max(1, depth // 2), depth - blocks + 1), max(1, blocks - 1)
         taps = self.taps or [first + i * (depth - first) // gaps for i in range(blocks - 1)] + [depth]
-        increasing = len(taps) == blocks and list(taps) == sorted(set(taps)) and taps[0] >= 1 and taps[-1] == depth
-        _require(increasing, f"taps {taps} must be {blocks} (decoder_depth) blocks rising from 1 to {depth}, or None")
+        rising = isinstance(taps, tuple | list) and {type(tap) for tap in taps} == {int} and [*taps] == sorted({*taps})
+        fits = rising and len(taps) == blocks and taps[0] >= 1 and taps[-1] == depth
+        _require(fits, f"taps {taps} must be {blocks} (decoder_depth) blocks rising from 1 to {depth}, or None")
         vars(self).update(image_size=tuple(size), taps=tuple(taps))  # past the guard of a frozen dataclass
 
 
@@ -417,7 +418,7 @@ def selective_scan(
             the kernel takes CUDA tensors of at most 32 bits and n <= 256. Tensors may be fp64, fp32, bf16 or fp16,
             also mixed; the state is fp32 or wider, under autocast too.
 
-    Returns: y (b, d, l) in u's dtype, or (y, h_l).
+    Returns: y (b, d, l) in u's dtype, or (y, h_l). First derivatives in reverse mode; backend "ref" has the others too.
     Raises: ValueError on shapes, types or devices that do not fit; RuntimeError if backend="kernel" cannot be had.
     """
     _require(backend in ("auto", "ref", "torch", "kernel"), f"backend {backend!r} is none of auto, ref, torch, kernel")
@@ -613,7 +614,8 @@ class VisionMamba(nn.Module):
         super().__init__()
         _require(directions in (1, 4), f"directions {directions!r} must be 1 or 4")
         _require(pool in ("mean", "cls"), f"pool {pool!r} must be 'mean' or 'cls'")
-        _require(num_classes is None or num_classes > 0, f"num_classes {num_classes} must be positive, or None")
+        fits = num_classes is None or type(num_classes) is int and num_classes > 0
+        _require(fits, f"num_classes {num_classes} must be a positive integer, or None")
         _require(num_classes is not None or pool == "mean", "pool 'cls' needs a class token: give num_classes")
         _require(0 <= drop_path < 1, f"drop_path {drop_path} must be in [0, 1)")
         self.config, self.num_classes, self.directions, self.pool = config, num_classes, directions, pool
@@ -868,11 +870,14 @@ def load_official(checkpoint, *, pool="mean", image_size=None, grid=None, weight
     _require(isinstance(checkpoint, dict), f"not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict")
     _require(weights in ("model", "model_ema"), f"weights {weights!r} must be 'model' or 'model_ema'")
     found = [key for key in ("model", "model_ema") if checkpoint.get(key) is not None]
+    _require(
+        weights in (found or ["model"]),
+        f"weights {weights!r} are not in this checkpoint: it has {', '.join(found) or 'one'}",
+    )
     if found:
-        _require(weights in found, f"weights {weights!r} are not in this checkpoint: it has {', '.join(found)}")
         log.warning("load_official: using the weights %r (the checkpoint has: %s)", weights, ", ".join(found))
         checkpoint = checkpoint[weights]
-    state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in checkpoint.items()}
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in checkpoint.items()}
     arm = "ar_token" in state and "head.weight" not in state
     if not arm:  # a classifier's file may carry the decoder along
         state = {k: v for k, v in state.items() if not re.match(r"mask$|dec_|ar_|enc2dec|norm_\d", k)}

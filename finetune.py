@@ -13,12 +13,14 @@ Datasets, schedule, checkpoints and the set-up of processes come from train.py.
 import train  # first, since it sets OMP_WAIT_POLICY before torch is imported
 
 import argparse
+import functools
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageOps
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -84,6 +86,8 @@ def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namesp
         return train.parse(parser, {name: PRESETS[name] | SCRATCH[name] for name in PRESETS}, argv), None
     path = given.checkpoint or newest_finished("finetune" if given.eval else "pretrain")
     checkpoint = train.load_checkpoint(path)
+    if not isinstance(checkpoint.get("config"), dict) or "stage" not in checkpoint["config"]:
+        checkpoint.pop("config", None)  # another's, of another form
     if settled := [f"--{name.replace('_', '-')}" for name in SHAPE if getattr(given, name) is not None]:
         raise ValueError(f"{', '.join(settled)}: {path} has settled that; leave it out, or train --from-scratch")
     config = checkpoint.get("config", {})
@@ -161,17 +165,18 @@ def logit_columns(known: list[str], classes: list[str]) -> list[int]:
 
 
 def pick(targets: list[int], number: int | None, seed: int, holdout: int | None) -> tuple[list[int], list[int]]:
-    """Indices of labelled and of held-out images, both balanced over classes and drawn from the seed."""
+    """Indices of images drawn from the seed: labelled ones, as many of each class, and held-out ones, in proportion."""
     generator = torch.Generator().manual_seed(train.seed_from("labels", seed))
     by_class: dict[int, list[int]] = {}
     for i in torch.randperm(len(targets), generator=generator).tolist():
         by_class.setdefault(int(targets[i]), []).append(i)
-    order = sorted((turn, c, i) for c, indices in by_class.items() for turn, i in enumerate(indices))
-    indices = [i for _, _, i in order]  # one of each class, then a second of each, ...
-    rest = len(indices) - (holdout or 0)
-    if not 0 <= rest <= len(indices) or number is not None and number < 1:
-        raise ValueError(f"--labels {number}, --holdout {holdout}: choose from the {len(indices)} training images")
-    labelled, held = indices[:rest][:number], indices[rest:]
+    shares = sorted((turn / len(x), c, turn, i) for c, x in by_class.items() for turn, i in enumerate(x))
+    rest = len(shares) - (holdout or 0)
+    if not 0 <= rest <= len(shares) or number is not None and number < 1:
+        raise ValueError(f"--labels {number}, --holdout {holdout}: choose from the {len(shares)} training images")
+    held = [i for *_, i in shares[rest:]]  # the last share of each class
+    labelled = sorted((turn, c, i) for _, c, turn, i in shares[:rest])  # one of each class, then a second of each, ...
+    labelled = [i for *_, i in labelled][:number]
     if number and len(labelled) < number:
         raise ValueError(f"--labels {number}, but there are only {len(labelled)} training images beside the held-out")
     return labelled, held
@@ -193,7 +198,10 @@ def evaluation_transform(args: argparse.Namespace, mode: str) -> list:
         return train.random_crop(args) + train.to_tensor(mode)  # placed as in training; where, the seed fixes
     ratio = 1.0 if max(args.image_size) > 224 else args.eval_crop
     size = [round(side / ratio) for side in args.image_size]
-    resize = v2.Resize(size if args.eval_resize == "squash" else max(size), train.BICUBIC)
+    if args.eval_resize == "squash" or size[0] == size[1]:
+        resize = v2.Resize(size if args.eval_resize == "squash" else size[0], train.BICUBIC)
+    else:  # as small as covers the crop
+        resize = functools.partial(ImageOps.cover, size=size[::-1], method=Image.Resampling.BICUBIC)
     return [resize, v2.CenterCrop(args.image_size), *train.to_tensor(mode)]
 
 
@@ -285,6 +293,8 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None, mode: str | None 
     if not args.eval and not images.classes == classes == (classes if args.probe else known):
         names = f"{images.classes} to train on, {classes} to test on, {known} in the checkpoint or list"
         raise ValueError(f"classes differ, {names}: make them the same")
+    if len(known) < 2:
+        raise ValueError(f"a single class, {known}: --data needs a folder for each class, and no images beside them")
     columns = logit_columns(known, classes) if not args.probe else None
     torch.manual_seed(train.seed_from("weights", args.seed))
     model = build_model(args, checkpoint, mode or images.mode, known).to(device)
@@ -321,7 +331,9 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None, mode: str | None 
         rows += [[title, *(f"{found[name]:.1f}" for name in names), found["images"], skipped]] if found else []
     train.say("\n".join(f"| {' | '.join(map(str, row))} |" for row in rows))
     train.say(f"see {run.folder}/results.json")
-    return run.write_results(results | dict(parameters=train.count(model), args=vars(args)))
+    results |= dict(parameters=train.count(model), args=dict(vars(args)))
+    vars(args).update({name: getattr(model.config, name) for name in train.SIZES})  # for --compare: a released file's
+    return run.write_results(results)
 
 
 def main(argv: list[str] | None = None) -> dict:

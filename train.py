@@ -71,6 +71,12 @@ PRESETS = {
 }
 SIZES = ("d_model", "depth", "d_state", "patch_size", "cluster_size")
 SWITCH = argparse.BooleanOptionalAction
+LIMITS = {  # what a flag's number may be
+    "accum batch_size effective_batch epochs max_steps threads": (1, math.inf),
+    "base_lr min_lr weight_decay clip_grad mixup cutmix num_workers save_every": (0, math.inf),
+    "smoothing erasing ema": (0, 1),
+    "min_crop eval_crop layer_decay": (0.001, 1),
+}
 
 
 def common_parser(description: str) -> argparse.ArgumentParser:
@@ -116,6 +122,10 @@ def parse(parser: argparse.ArgumentParser, presets: dict, argv, **inherited) -> 
     """Resolve arguments: defaults, then the preset, then what is inherited, then flags."""
     given, _ = parser.parse_known_args(argv)
     preset = given.preset or inherited.get("preset") or ("folder" if given.data else "digits")
+    if given.data and (preset == "digits" or preset != given.preset and preset in ("fashion-mnist", "cifar10")):
+        raise ValueError(
+            f"--data {given.data}, but the preset is {preset}: add --preset folder, for images of your own"
+        )
     defaults = presets[preset] | inherited | dict(preset=preset)
     if unknown := defaults.keys() - vars(given).keys():
         raise ValueError(f"preset {preset!r} sets unknown options: {', '.join(sorted(unknown))}")
@@ -123,6 +133,9 @@ def parse(parser: argparse.ArgumentParser, presets: dict, argv, **inherited) -> 
     args = parser.parse_args(argv)
     sizes = [args.image_size] if isinstance(args.image_size, int) else args.image_size
     args.image_size = (*sizes, *sizes) if len(sizes) == 1 else tuple(sizes)  # height and width
+    for name, (low, high) in ((name, limits) for names, limits in LIMITS.items() for name in names.split()):
+        if (value := getattr(args, name, None)) is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be from {low} to {high}: change it")
     if not 0 <= args.warmup_epochs < args.epochs:
         raise ValueError(f"--warmup-epochs {args.warmup_epochs} must be from 0 to below --epochs {args.epochs}: set it")
     return args
@@ -169,10 +182,13 @@ class Digits(list):
 
 
 class Folder(datasets.ImageFolder):
-    """Images below a folder; its subfolders are the classes (numbers in numeric order), without any there is one."""
+    """Images below a folder. Its subfolders are the classes, numbers in numeric order; if it has images beside them, or
+    no subfolders, all are one class."""
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        folders = [entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != "."]
+        entries = [entry for entry in os.scandir(directory) if entry.name[0] != "."]
+        loose = any(entry.name.lower().endswith(datasets.folder.IMG_EXTENSIONS) for entry in entries)
+        folders = [entry.name for entry in entries if entry.is_dir() and not loose]
         classes = sorted(folders, key=int if all(map(str.isdecimal, folders)) else None) or ["."]
         return classes, {name: i for i, name in enumerate(classes)}
 
@@ -209,6 +225,8 @@ def open_upright(path: str) -> Image.Image:
 
 def plain(image: Image.Image, mode: str) -> Image.Image:
     """Any kind of image as 8-bit "L" or "RGB": 16 bits are scaled down, what is transparent shows white."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range is not known: convert it")
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     if image.has_transparency_data:
@@ -222,7 +240,8 @@ def random_crop(args: argparse.Namespace) -> list:
     if args.preset == "digits":  # turned by up to 14 degrees, moved by up to a fifth of the side, half to 3/4 as large
         place = v2.RandomAffine(14.3, (0.2, 0.2), (0.5, 0.75), interpolation=v2.InterpolationMode.BILINEAR)
         return [v2.Resize(args.image_size, BICUBIC), place]
-    crop = v2.RandomResizedCrop(args.image_size, (args.min_crop, 1.0), interpolation=BICUBIC)
+    shape = args.image_size[1] / args.image_size[0]
+    crop = v2.RandomResizedCrop(args.image_size, (args.min_crop, 1.0), (shape * 3 / 4, shape * 4 / 3), BICUBIC)
     return [crop, v2.RandomHorizontalFlip()] if args.flip else [crop]
 
 
@@ -360,9 +379,11 @@ def run_script(main) -> None:
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory: lower --batch-size (--accum keeps the effective batch), --grad-checkpoint")
     except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        sys.exit(f"error: {str(error).splitlines()[0]} Is memory short? Lower --num-workers, and go on with --resume")
+        advice = {"DataLoader worker (pid": "Is memory short? Lower --num-workers, and go on with --resume"}
+        advice |= {"Error downloading": "is there a network? Or give --data a folder that has it"}
+        for words in (words for start, words in advice.items() if start in str(error)):
+            sys.exit(f"error: {str(error).splitlines()[0]} {words}")
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -417,6 +438,8 @@ class Run:
         found = [path for path in (self.last, self.previous) if path.exists()]
         if found and not args.resume:
             raise ValueError(f"{self.folder} holds a run: add --resume to go on, or give another --output-dir")
+        if stage in ("eval", "probe") and (self.folder / "results.json").exists():
+            raise ValueError(f"{self.folder} holds results: give another --output-dir")
         self.state, self.good = {}, None  # of the newest checkpoint that can be read, and its path
         for path in found:
             try:
@@ -446,7 +469,8 @@ class Run:
             raise ValueError(f"{self.folder} needs {sizes}: make room, or give another --output-dir")
         if not self.state:
             return 0.0
-        mine, theirs = (c["args"] | dict(effective_batch=c["effective_batch"]) for c in (config, self.state["config"]))
+        data = ("effective_batch", "mode", "classes", "images")  # which may move, but not change
+        mine, theirs = (c["args"] | {key: c.get(key) for key in data} for c in (config, self.state["config"]))
         free = "output_dir resume device num_workers save_every data compare batch_size accum".split()
         pairs = {key: (theirs.get(key), mine.get(key)) for key in mine | theirs if key not in free}
         if differ := [f"{key} was {was}, is {value}" for key, (was, value) in pairs.items() if was != value]:
@@ -542,7 +566,7 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
     """
     batches, device = TrainingBatches(len(data), args, run.step), next(model.parameters()).device
     steps, peak = args.max_steps or args.epochs * batches.per_epoch, args.base_lr * batches.effective / 256
-    config |= dict(effective_batch=batches.effective, stage=run.stage)
+    config |= dict(effective_batch=batches.effective, stage=run.stage, images=len(data))
     config |= dict(args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
     parts = dict(model=model, optimizer=optimizer) | (dict(model_ema=ema.module) if ema else {})
     before, began = run.begin(config, parts), time.monotonic()

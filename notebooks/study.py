@@ -36,13 +36,13 @@ QUARTER, HALF = "--visible 0.25 --epochs 56", "--visible 0.5 --epochs 42"
 LENGTHS = {f"30 labels, {steps} steps": f"--labels 30 --max-steps {steps}" for steps in (150, 300, 600)}
 LENGTHS |= {"100 labels, 150 steps": "", "100 labels, 300 steps": "--max-steps 300"}
 LENGTHS |= {"100 labels, 600 steps": "--max-steps 600"}
-# size: flags of the model, finetuning rate of the pretrained one and of the one from scratch, as `size-tune` chose them
+# size: flags of the model, rates of finetuning it and of training it from scratch, those that `size-tune` found best
 SIZES = {
-    "width 32": ("--d-model 32", "", ""),
-    "width 64": ("", "", ""),  # the default run's
+    "width 32": ("--d-model 32", "--base-lr 1.6e-1", "--base-lr 8e-2"),
+    "width 64": ("", "", ""),  # the default run
     "width 128": ("--d-model 128", "", ""),
-    "depth 2": ("--depth 2", "", ""),
-    "depth 8": ("--depth 8", "", ""),
+    "depth 2": ("--depth 2", "", "--base-lr 8e-2"),
+    "depth 8": ("--depth 8", "--base-lr 1.6e-1", ""),
 }
 
 
@@ -179,14 +179,15 @@ def score(line: dict) -> float:
     return results["top1"] if "top1" in results else results["knn" if "neighbours" in line["name"] else "linear"]
 
 
-def interval(values: list[float]) -> str:
-    """Mean and half width of its 95 % t-interval."""
+def interval(values) -> tuple[float, float]:
+    """Mean and half width of its 95 % t-interval; of a single value, no half width (nan)."""
+    values = list(values)
     if len(values) < 2:
-        return f"{values[0]:.1f}"
+        return values[0], math.nan
     from scipy.stats import t
 
     half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.1f} ± {half:.1f}"
+    return statistics.mean(values), float(half)
 
 
 def reference(rows, row: str) -> str:
@@ -201,15 +202,20 @@ def scores(study: str) -> dict[str, dict[int, float]]:
     return {row: by_seed for row, by_seed in found.items() if by_seed}
 
 
+def differences(found: dict[str, dict], row: str) -> dict[int, float]:
+    """The row that it is compared with minus this one, by seed; `found` as from `scores`."""
+    first = found.get(reference(found, row), {})
+    return {seed: first[seed] - top1 for seed, top1 in found[row].items() if seed in first}
+
+
 def table(study: str) -> str:
     """Markdown: top-1, and by how much the row that it is compared with is ahead, paired by seed."""
     found = scores(study)
     lines = [f"| {study} | top-1 (%) | first row is ahead by | seeds |", "|---|---|---|---|"]
     for row, by_seed in found.items():
-        first = found.get(reference(STUDIES[study], row), {})
-        pairs = [first[seed] - top1 for seed, top1 in by_seed.items() if seed in first]
-        ahead = interval(pairs) if pairs and first is not by_seed else ""
-        lines.append(f"| {row} | {interval(list(by_seed.values()))} | {ahead} | {len(by_seed)} |")
+        pairs = {} if row == reference(found, row) else differences(found, row)
+        words = ["{:.1f} ± {:.1f}".format(*interval(x.values())) if x else "" for x in (by_seed, pairs)]
+        lines.append(f"| {row} | {words[0]} | {words[1]} | {len(by_seed)} |".replace(" ± nan", ""))
     return "\n".join(lines)
 
 

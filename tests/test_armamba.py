@@ -71,6 +71,7 @@ def assert_same_state(a: nn.Module, b: nn.Module):
         ({"decoder_depth": 13}, "decoder_depth 13 taps as many of only 12 encoder blocks"),
         ({"taps": (6, 8, 12)}, r"taps \(6, 8, 12\) must be 4 .decoder_depth. blocks"),
         ({"taps": (6, 8, 10, 11)}, "taps .* rising from 1 to 12"),
+        *[({"taps": taps}, "taps .* rising from 1 to 12") for taps in (12, "abcd", (6.0, 8.0, 10.0, 12.0))],
         *[({"taps": taps}, "taps .* rising from 1") for taps in [(6, 10, 8, 12), (8, 8, 10, 12), (0, 8, 10, 12)]],
     ],
 )
@@ -383,7 +384,14 @@ def test_vision_mamba_errors():
             model(images)
     with pytest.raises(ValueError, match="images have dtype torch.uint8: convert to torch.float32"):
         model(good.to(torch.uint8))
-    for wrong in ({"directions": 2}, {"pool": "max"}, {"num_classes": 0}, {"drop_path": 1.0}, {"drop_path": -0.1}):
+    for wrong in (
+        {"directions": 2},
+        {"pool": "max"},
+        {"num_classes": 0},
+        {"num_classes": 3.0},
+        {"drop_path": 1.0},
+        {"drop_path": -0.1},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             VisionMamba(TINY, **{"num_classes": 7, **wrong})
     with pytest.raises(ValueError, match="pool 'cls' needs a class token"):
@@ -668,6 +676,10 @@ def test_released_file_form(make, tmp_path):
     assert_same_state(load_official(tmp_path / "checkpoint.pth"), raw)
     assert_same_state(load_official(str(tmp_path / "checkpoint.pth"), weights="model_ema"), ema)
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
+    compiled = {f"_orig_mod.module.{name}": value for name, value in to_official(raw).items()}  # and run by many
+    assert_same_state(load_official(compiled), raw)
+    with pytest.raises(ValueError, match="weights 'model_ema' are not in this checkpoint: it has one"):
+        load_official(compiled, weights="model_ema")
     with pytest.raises(ValueError, match="weights 'model_ema' are not in this checkpoint: it has model"):
         load_official({"model": to_official(raw), "model_ema": None}, weights="model_ema")
 

@@ -107,6 +107,8 @@ def test_images_of_every_kind_come_out_right(tmp_path):
         mode = "L" if want.ndim == 2 else "RGB"
         got = np.asarray(train.plain(Image.open(tmp_path / name), mode)).astype(int)
         assert abs(got - want).max() <= (12 if name.endswith("jpg") else 1), name
+    with pytest.raises(ValueError, match="floating-point pixels, whose range is not known: convert it"):
+        train.plain(Image.new("F", (8, 8)), "L")
 
 
 def test_cameras_turn_images_of_a_folder_but_not_of_imagenet(tmp_path):
@@ -165,6 +167,15 @@ def test_a_data_loading_process_that_dies_is_said(monkeypatch):
     monkeypatch.setattr(train.Seeded, "read", read)
     message = says(lambda: pretrain("--num-workers", 1, "--output-dir", "run"))
     assert "DataLoader worker" in message and "Lower --num-workers, and go on with --resume" in message
+
+
+def test_a_download_that_fails_is_said(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz:\nTried https://...")
+
+    monkeypatch.setattr(train.datasets, "FashionMNIST", fail)
+    message = says(lambda: pretrain("--preset", "fashion-mnist", "--output-dir", "run"))
+    assert "Error downloading train-images" in message and "give --data a folder that has it" in message
 
 
 def test_too_little_gpu_memory_is_said():

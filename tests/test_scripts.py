@@ -88,6 +88,12 @@ def test_flags_override_presets_and_mistakes_are_named(capsys):
     for wrong in (["--epoch", "7"], ["--preset", "imagenet"], ["--order", "diagonal"]):  # no abbreviations
         with pytest.raises(SystemExit):
             train.pretraining_arguments(wrong)
+    for flag, wrong in {"--accum": 0, "--max-steps": -1, "--min-crop": 0.0, "--base-lr": "nan"}.items():
+        with pytest.raises(ValueError, match=f"{flag} {wrong} must be from .* to .*: change it"):
+            train.pretraining_arguments([flag, str(wrong)])
+    for flag, wrong in {"--smoothing": 2.0, "--eval-crop": 0.0, "--mixup": -1.0}.items():
+        with pytest.raises(ValueError, match=f"{flag} {wrong} must be from .* to .*: change it"):
+            finetune.finetuning_arguments(["--from-scratch", flag, str(wrong)])
 
 
 def test_a_preset_cannot_set_what_no_flag_can(monkeypatch):
@@ -147,7 +153,7 @@ def test_the_papers_finetuning_recipe(name, decay, drop):
     args.eval_resize = "squash"
     assert evaluated(args, 320, 500) == (384, 384, 384, 384)
     args.image_size, args.eval_resize = (112, 224), "keep"
-    assert evaluated(args, 320, 500) == (256, 400, 112, 224)
+    assert evaluated(args, 320, 500) == (164, 256, 112, 224)  # as small as covers 128 x 256
 
 
 def evaluated(args, height, width):
@@ -275,6 +281,13 @@ def test_any_folder_of_images_labelled_or_not(mode, tmp_path):
         path.rename(flat / f"{i}.png")
     pretrain(*args, "--data", flat, "--output-dir", "flat-run")
     assert load("flat-run/last.pt")["config"]["classes"] == ["."]
+    (flat / "more").mkdir()
+    next(flat.glob("*.png")).rename(flat / "more/x.png")  # images beside a folder are not left out
+    found = train.load_images(train.pretraining_arguments(["--data", str(flat)]), train=True)
+    assert len(found) == load("flat-run/last.pt")["config"]["images"] and found.classes == ["."]
+    with pytest.raises(ValueError, match=r"a single class, \['.'\]: --data needs a folder for each class"):
+        parts = [shutil.copytree(flat, tmp_path / "parts" / part).parent for part in ("train", "val")]
+        classify("--from-scratch", *args, "--data", parts[0])
     with pytest.raises(ValueError, match="--data"):
         pretrain("--preset", "imagenet-base")
 
@@ -427,7 +440,7 @@ def test_resume_finds_the_good_checkpoint(capsys):
     assert "starting afresh" in capsys.readouterr().out
 
 
-def test_mistakes_with_folders_are_one_clear_line():
+def test_mistakes_with_folders_are_one_clear_line(tmp_path):
     pretrain("--output-dir", "run")
     with pytest.raises(ValueError, match="run holds a run: add --resume .* another --output-dir"):
         pretrain("--output-dir", "run")
@@ -437,6 +450,15 @@ def test_mistakes_with_folders_are_one_clear_line():
         pretrain("--output-dir", "run", "--resume", "--patch-size", 2)
     with pytest.raises(ValueError, match="no finished pretrain run"):
         classify()
+    photos = Path(make_folder(tmp_path / "photos"))
+    flags = ["--data", photos, "--image-size", 16, "--patch-size", 4, "--batch-size", 4, "--output-dir", "photos-run"]
+    pretrain(*flags)
+    next((photos / "train").rglob("*.png")).unlink()
+    with pytest.raises(ValueError, match="images was (\\d+), is"):  # data may move, but not change
+        pretrain(*flags, "--resume")
+    classify("--from-scratch", "--output-dir", "ft")
+    with pytest.raises(ValueError, match="ft holds results: give another --output-dir"):
+        classify("--eval", "--checkpoint", "ft/last.pt", "--output-dir", "ft", "--resume")
     with pytest.raises(ValueError, match="no checkpoint at nowhere.pt"):
         classify("--checkpoint", "nowhere.pt")
 
@@ -555,7 +577,7 @@ def test_the_size_to_evaluate_at_is_the_classifiers(tmp_path):
     trained["stage"] = "pretrain"
     torch.save(dict(config=trained), "other.pt")
     assert finetune.finetuning_arguments(["--checkpoint", "other.pt"])[0].image_size == (224, 224)
-    torch.save({"ar_token": torch.zeros(1)}, "released.pth")
+    torch.save({"ar_token": torch.zeros(1), "config": dict(args=argparse.Namespace())}, "released.pth")
     with pytest.raises(ValueError, match="released.pth is a released file: say how it was trained, with --preset"):
         finetune.finetuning_arguments(["--eval", "--checkpoint", "released.pth"])
 
@@ -590,6 +612,8 @@ def test_flags_that_cannot_be_obeyed_are_errors():
     for flags in (("--directions", 4), ("--pool", "mean")):
         with pytest.raises(ValueError, match="ft/last.pt has 1 directions and pool cls: leave these out"):
             classify("--checkpoint", "ft/last.pt", "--eval", *flags)
+    with pytest.raises(ValueError, match="--data photos, but the preset is digits: add --preset folder"):
+        classify("--checkpoint", "run/last.pt", "--data", "photos")
     for flags in (("--warmup-epochs", 20, "--epochs", 20), ("--warmup-epochs", -1)):
         with pytest.raises(ValueError, match="--warmup-epochs .* must be from 0 to below --epochs"):
             pretrain(*flags)
@@ -641,14 +665,24 @@ def test_labels_are_balanced_and_disjoint_from_the_held_out():
     labelled, held = finetune.pick(targets, 60, seed=0, holdout=300)
     assert np.bincount([targets[i] for i in labelled]).tolist() == [6] * 10 and len(set(labelled)) == 60
     counts = np.bincount([targets[i] for i in held])
-    assert len(held) == 300 and counts.max() - counts.min() <= 20 and not set(held) & set(labelled)
+    assert len(held) == 300 and counts.max() - counts.min() <= 3 and not set(held) & set(labelled)
     assert finetune.pick(targets, 60, seed=0, holdout=None)[0] == labelled
     assert finetune.pick(targets, 60, seed=1, holdout=None)[0] != labelled
     assert sorted(finetune.pick(targets, None, 0, None)[0]) == list(range(1442))
+    assert sum(i >= 100 for i in finetune.pick([0] * 100 + [1] * 10, None, 0, holdout=22)[1]) == 2  # of a rare class
     rest, held = finetune.pick(targets, None, 0, holdout=300)
     assert sorted(rest + held) == list(range(1442))
     with pytest.raises(ValueError, match="--labels 2000"):
         finetune.pick(targets, 2000, 0, None)
+
+
+def test_evaluation_sees_the_whole_of_an_image_that_has_the_models_shape():
+    args, _ = finetune.finetuning_arguments(["--from-scratch", "--data", "x", "--image-size", "32", "128"])
+    image = Image.fromarray(np.tile(np.arange(128, dtype="uint8"), (32, 1)))
+    for size in ((128, 32), (256, 64)):
+        resize, crop, *_ = finetune.evaluation_transform(args, "L")
+        pixels = np.asarray(crop(resize(image.resize(size))))
+        assert pixels.shape == (32, 128) and pixels.min() < 2 and pixels.max() > 125
 
 
 def test_held_out_images_replace_the_test_set():
@@ -684,6 +718,9 @@ def test_a_released_checkpoint_is_evaluated_and_finetuned(tmp_path, capsys):
     torch.save(dict(model=to_official(arm)), "pretrained.pth")
     results = finetune.main([*flags, "--checkpoint", "pretrained.pth", "--max-steps", "2", "--output-dir", "ft"])
     assert results["images"] == 20 and "ema" in results
+    few = ["--checkpoint", "pretrained.pth", "--max-steps", "1", "--labels", "10", "--image-size", "64"]
+    results = finetune.main([*flags, *few, "--compare"])
+    assert results["scratch"]["parameters"] == results["parameters"]
     with pytest.raises(ValueError, match="without a head"):
         finetune.main([*flags, "--eval", "--checkpoint", "pretrained.pth"])
 
@@ -871,7 +908,7 @@ def test_study_table(study):
             for seed, top1 in reversed(list(enumerate(values))):
                 line = dict(study="default", name=row, seed=seed, results=dict(top1=top1))
                 file.write(json.dumps(line) + "\n" if top1 else "")
-    assert study.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == "3.0 ± 2.0"  # 2.776 * 1.581 / sqrt(5)
+    assert study.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3.0, 1.963), abs=1e-3)  # 2.776 * 1.581 / sqrt(5)
     lines = study.table("default").splitlines()
     assert lines[2] == "| pretrained | 79.8 ± 19.2 |  | 5 |"
     assert lines[3] == "| from scratch, same finetuning | 72.0 ± 19.3 | 3.0 ± 4.1 | 4 |"
