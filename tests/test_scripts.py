@@ -678,6 +678,7 @@ def test_labels_are_balanced_and_disjoint_from_the_held_out():
 
 def test_evaluation_sees_the_whole_of_an_image_that_has_the_models_shape():
     args, _ = finetune.finetuning_arguments(["--from-scratch", "--data", "x", "--image-size", "32", "128"])
+    assert train.random_crop(args)[0].ratio == (3, 16 / 3)  # in training it is stretched by no more than a square is
     image = Image.fromarray(np.tile(np.arange(128, dtype="uint8"), (32, 1)))
     for size in ((128, 32), (256, 64)):
         resize, crop, *_ = finetune.evaluation_transform(args, "L")
