@@ -870,12 +870,10 @@ def load_official(checkpoint, *, pool="mean", image_size=None, grid=None, weight
     _require(isinstance(checkpoint, dict), f"not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict")
     _require(weights in ("model", "model_ema"), f"weights {weights!r} must be 'model' or 'model_ema'")
     found = [key for key in ("model", "model_ema") if checkpoint.get(key) is not None]
-    _require(
-        weights in (found or ["model"]),
-        f"weights {weights!r} are not in this checkpoint: it has {', '.join(found) or 'one'}",
-    )
+    there = ", ".join(found) or "bare weights"
+    _require(weights in (found or ["model"]), f"weights {weights!r} are not in this checkpoint: it has {there}")
     if found:
-        log.warning("load_official: using the weights %r (the checkpoint has: %s)", weights, ", ".join(found))
+        log.warning("load_official: using the weights %r (the checkpoint has: %s)", weights, there)
         checkpoint = checkpoint[weights]
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in checkpoint.items()}
     arm = "ar_token" in state and "head.weight" not in state

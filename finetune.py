@@ -331,9 +331,7 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None, mode: str | None 
         rows += [[title, *(f"{found[name]:.1f}" for name in names), found["images"], skipped]] if found else []
     train.say("\n".join(f"| {' | '.join(map(str, row))} |" for row in rows))
     train.say(f"see {run.folder}/results.json")
-    results |= dict(parameters=train.count(model), args=dict(vars(args)))
-    vars(args).update({name: getattr(model.config, name) for name in train.SIZES})  # for --compare: a released file's
-    return run.write_results(results)
+    return run.write_results(results | dict(parameters=train.count(model), model=asdict(model.config), args=vars(args)))
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -344,7 +342,8 @@ def main(argv: list[str] | None = None) -> dict:
     if args.compare and not (args.from_scratch or args.eval or args.probe):
         flags = {word.partition("=")[0] for word in argv}  # those override the recipe from scratch too
         recipe = {k: v for k, v in SCRATCH[args.preset].items() if f"--{k.replace('_', '-')}" not in flags}
-        scratch = argparse.Namespace(**vars(args) | recipe | dict(from_scratch=True, checkpoint=None))
+        sizes = {name: results["model"][name] for name in train.SIZES}  # the checkpoint's
+        scratch = argparse.Namespace(**vars(args) | recipe | sizes | dict(from_scratch=True, checkpoint=None))
         scratch.output_dir = args.output_dir and args.output_dir / "from-scratch"
         results["scratch"] = run_one(scratch, None, results["mode"])
         gain = f"{results['top1'] - results['scratch']['top1']:+.1f} points"

@@ -123,9 +123,7 @@ def parse(parser: argparse.ArgumentParser, presets: dict, argv, **inherited) -> 
     given, _ = parser.parse_known_args(argv)
     preset = given.preset or inherited.get("preset") or ("folder" if given.data else "digits")
     if given.data and (preset == "digits" or preset != given.preset and preset in ("fashion-mnist", "cifar10")):
-        raise ValueError(
-            f"--data {given.data}, but the preset is {preset}: add --preset folder, for images of your own"
-        )
+        raise ValueError(f"--data {given.data}, but the preset is {preset}: add --preset folder for images of your own")
     defaults = presets[preset] | inherited | dict(preset=preset)
     if unknown := defaults.keys() - vars(given).keys():
         raise ValueError(f"preset {preset!r} sets unknown options: {', '.join(sorted(unknown))}")
@@ -381,8 +379,9 @@ def run_script(main) -> None:
     except RuntimeError as error:
         advice = {"DataLoader worker (pid": "Is memory short? Lower --num-workers, and go on with --resume"}
         advice |= {"Error downloading": "is there a network? Or give --data a folder that has it"}
-        for words in (words for start, words in advice.items() if start in str(error)):
-            sys.exit(f"error: {str(error).splitlines()[0]} {words}")
+        for start, words in advice.items():
+            if start in str(error):
+                sys.exit(f"error: {str(error).splitlines()[0]} {words}")
         raise
     finally:
         if dist.is_initialized():

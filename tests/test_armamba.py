@@ -678,7 +678,7 @@ def test_released_file_form(make, tmp_path):
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
     compiled = {f"_orig_mod.module.{name}": value for name, value in to_official(raw).items()}  # and run by many
     assert_same_state(load_official(compiled), raw)
-    with pytest.raises(ValueError, match="weights 'model_ema' are not in this checkpoint: it has one"):
+    with pytest.raises(ValueError, match="weights 'model_ema' are not in this checkpoint: it has bare weights"):
         load_official(compiled, weights="model_ema")
     with pytest.raises(ValueError, match="weights 'model_ema' are not in this checkpoint: it has model"):
         load_official({"model": to_official(raw), "model_ema": None}, weights="model_ema")

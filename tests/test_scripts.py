@@ -901,6 +901,16 @@ def test_the_readmes_table_is_the_studys(name, study, monkeypatch):
     assert "\n".join(rows) in (ROOT / "README.md").read_text(), f"paste `study.py {name} --table` again"
 
 
+def test_every_interval_in_the_readme_is_a_studys(study, monkeypatch):
+    """Only its size, since a sentence may put the other row first."""
+    monkeypatch.setattr(study, "RESULTS", ROOT / "notebooks" / "results")
+    quoted, measured = (
+        set(re.findall(r"\d+\.\d ± \d+\.\d", text))
+        for text in ((ROOT / "README.md").read_text(), "".join(map(study.table, study.STUDIES)))
+    )
+    assert len(quoted) > 40 and not quoted - measured
+
+
 def test_study_table(study):
     """Differences are paired by seed, and an interval is that of Student's t."""
     scores = {"pretrained": (80, 90, 70, 60, 99), "from scratch, same finetuning": (78, 84, 70, 56, None)}
