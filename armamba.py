@@ -85,6 +85,7 @@ class ARMConfig:
         for name in ("d_model", "decoder_dim"):
             _require(numbers[name] % 4 == 0, f"{name} {numbers[name]} must be divisible by 4, for its positions")
         _require(self.decoder_dim % heads == 0, f"decoder_dim {self.decoder_dim} is not divisible by its {heads} heads")
+        _require(type(self.order_seed) is int, f"order_seed {self.order_seed!r} must be an integer")
         _require(self.order in ORDERS, f"order {self.order!r} is unknown: choose one of {', '.join(ORDERS)}")
         _require(blocks <= depth, f"decoder_depth {blocks} taps as many of only {depth} encoder blocks: lower it")
         first, gaps = min(max(1, depth // 2), depth - blocks + 1), max(1, blocks - 1)
@@ -699,6 +700,7 @@ class VisionMamba(nn.Module):
     def _load_resized(self, source: "VisionMamba") -> "VisionMamba":
         """Take over the weights of `source`: if it has one direction, for every direction; positions interpolated."""
         state, copies = source.state_dict(), self.directions // source.directions
+        _require(copies > 0, f"{source.directions} scan directions do not become {self.directions}: give directions=4")
         state = {k: torch.cat([v] * copies) if DIRECTIONAL.search(k) else v for k, v in state.items()}
         pos, i = state["pos_embed"], source.cls_index  # (1, l, d)
         cls = torch.zeros_like(pos[:, :1]) if i is None else pos[:, i : i + 1]
@@ -875,6 +877,8 @@ def load_official(checkpoint, *, pool="mean", image_size=None, grid=None, weight
     if found:
         log.warning("load_official: using the weights %r (the checkpoint has: %s)", weights, there)
         checkpoint = checkpoint[weights]
+    named = isinstance(checkpoint, dict) and all(isinstance(value, Tensor) for value in checkpoint.values())
+    _require(named and all(isinstance(key, str) for key in checkpoint), "not a checkpoint: weights are named tensors")
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in checkpoint.items()}
     arm = "ar_token" in state and "head.weight" not in state
     if not arm:  # a classifier's file may carry the decoder along
@@ -886,10 +890,11 @@ def load_official(checkpoint, *, pool="mean", image_size=None, grid=None, weight
     _require(not problems, "not a released checkpoint: " + "; ".join(problems))
     d, channels, p, _ = state["patch_embed.proj.weight"].shape
     l = state["pos_embed"].shape[1] - (0 if arm else 1)
-    rows, columns = grid or (math.isqrt(l),) * 2
-    _require(rows * columns == l, f"a grid of {rows}x{columns} does not hold {l} positions: give grid=(rows, columns)")
+    grid = (math.isqrt(l),) * 2 if grid is None else grid
+    fits = isinstance(grid, tuple | list) and len(grid) == 2 and math.prod(grid) == l
+    _require(fits, f"a grid of {grid} does not hold {l} positions: give grid=(rows, columns)")
     depth, decoder_depth = (len({k.split(".")[1] for k in state if k.startswith(x)}) for x in ("layers.", "dec_block."))
-    sizes = dict(image_size=(rows * p, columns * p), channels=channels, patch_size=p, d_model=d, depth=depth)
+    sizes = dict(image_size=(grid[0] * p, grid[1] * p), channels=channels, patch_size=p, d_model=d, depth=depth)
     sizes |= dict(d_state=state["layers.0.mixer.A_log"].shape[1], d_conv=state["layers.0.mixer.conv1d.weight"].shape[2])
     if arm:
         cluster_size = math.isqrt(int((state["mask"][0] == 0).sum()))  # the first query sees one cluster

@@ -80,6 +80,8 @@ def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namesp
         raise ValueError(
             "--eval, --fresh-directions and --weights need a --checkpoint, not --from-scratch: leave one out"
         )
+    if given.fresh_directions and given.directions == 1:
+        raise ValueError("--fresh-directions are three beside the pretrained one: leave --directions 1 out")
     if given.eval and given.labels or given.probe and given.class_list:
         raise ValueError("--eval uses no --labels, and --probe no --class-list: leave one out")
     if given.from_scratch:

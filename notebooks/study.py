@@ -3,6 +3,7 @@
     python notebooks/study.py default            # the README's table: pretrained, from scratch, pixels; five seeds
     python notebooks/study.py default --table    # the table again, from notebooks/results/default.jsonl alone
     python notebooks/study.py tune --seeds 100 101    # learning rates, on held-out training images
+    python notebooks/study.py evidence           # what all studies answer, in one table
     python notebooks/study.py fashion --seeds 0 1 2 --data FOLDER    # where Fashion-MNIST is, or is to be put
 
 Runs use the two scripts and leave their folders in runs/study/. A run that has its line is skipped and one that was
@@ -21,125 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, RUNS = ROOT / "notebooks" / "results", ROOT / "runs" / "study"
 sys.path.insert(0, str(ROOT))
 
-from armamba import ORDERS
-
-HELD = "--holdout 300"
-# Fashion-MNIST: 10,000 images with labels, or some of them, and 60,000 without; 2,000 others to choose rates
-FASHION = "--preset fashion-mnist"
-FASHION_HELD = f"{FASHION} --labels 1000 --max-steps 300 --holdout 2000"
-BUDGETS = {100: 150, 1000: 300, 10000: 500}  # labels: finetuning steps; the pretraining takes the time of 450 more
-# masked.py, in about the time of 28 of ARM's epochs
-QUARTER, HALF = "--visible 0.25 --epochs 56", "--visible 0.5 --epochs 42"
-
-
-# labels and finetuning steps: the default run has 100 and 150
-LENGTHS = {f"30 labels, {steps} steps": f"--labels 30 --max-steps {steps}" for steps in (150, 300, 600)}
-LENGTHS |= {"100 labels, 150 steps": "", "100 labels, 300 steps": "--max-steps 300"}
-LENGTHS |= {"100 labels, 600 steps": "--max-steps 600"}
-# size: flags of the model, rates of finetuning it and of training it from scratch, those that `size-tune` found best
-SIZES = {
-    "width 32": ("--d-model 32", "--base-lr 1.6e-1", "--base-lr 8e-2"),
-    "width 64": ("", "", ""),  # the default run
-    "width 128": ("--d-model 128", "", ""),
-    "depth 2": ("--depth 2", "", "--base-lr 8e-2"),
-    "depth 8": ("--depth 8", "--base-lr 1.6e-1", ""),
-}
-
-
-def rates(*values: str, **sides: tuple) -> dict:
-    """The same number of learning rates for both sides, on held-out training images."""
-    rows = {name.replace("_", " "): flags for name, flags in sides.items()}
-    return {f"{name}, base lr {x}": (pre, f"{ft} --base-lr {x}") for name, (pre, ft) in rows.items() for x in values}
-
-
-def both(kind: str, model: str, finetuning: str, scratch: str | None = None) -> dict:
-    """A kind of run from a pretrained model and from scratch, with flags of the model and of the two finetunings."""
-    scratch = finetuning if scratch is None else scratch
-    return {f"{kind}: pretrained": (model, finetuning), f"{kind}: from scratch": (None, f"{model} {scratch}".strip())}
-
-
-# study: {row: (flags of train.py, or None to start from random weights; flags of finetune.py)}. Rows are compared with
-# the first one, or with the first of those that share what stands before a colon.
-STUDIES = {
-    "tune": rates("2e-2", "4e-2", "8e-2", "1.6e-1", pretrained=("", HELD), from_scratch=(None, HELD)),
-    "default": {
-        "pretrained": ("", ""),
-        "from scratch, same finetuning": (None, ""),
-        "nearest neighbours on pixels": (None, "--probe pixels"),
-        "logistic regression on pixels": (None, "--probe pixels"),
-        "from scratch, the time of both stages": (None, "--max-steps 915"),  # 1260 * 0.085 s / 0.14 s + 150
-        "twice the finetuning: pretrained": ("", "--max-steps 300"),
-        "twice the finetuning: from scratch": (None, "--max-steps 300"),
-    },
-    "fashion-tune": rates(
-        "1e-2", "2e-2", "4e-2", pretrained=(FASHION, FASHION_HELD), from_scratch=(None, FASHION_HELD)
-    ),
-    "fashion": {
-        f"{n} labels: {name}": (pre, f"{FASHION} --labels {n} --max-steps {steps + more}")
-        for n, steps in BUDGETS.items()
-        for name, pre, more in (
-            ("pretrained", FASHION, 0),
-            ("from scratch, same finetuning", None, 0),
-            ("from scratch, the time of both stages", None, 450),
-        )
-    },
-    "frozen": {
-        f"{kind}: {name}": (pre, f"--probe {what}")
-        for kind in ("nearest neighbours", "linear classifier")
-        for name, pre, what in (
-            ("pretrained", "", "features"),
-            ("random", None, "features"),
-            ("pixels", None, "pixels"),
-        )
-    },
-    "unit": {
-        "clusters of 2x2 patches, pixels normalised": ("", ""),
-        "clusters of 1x1": ("--cluster-size 1", ""),
-        "clusters of 3x3": ("--cluster-size 3", ""),
-        "pixels not normalised": ("--no-norm-pix", ""),
-        "decoder of one block": ("--decoder-depth 1", ""),
-        "decoder half as wide": ("--decoder-dim 32", ""),
-    },
-    "order": {order: (f"--order {order}" if order != "row" else "", "") for order in ORDERS},
-    "directions": {
-        "pretrained: four directions, copied": ("", ""),
-        "pretrained: four directions, three of them fresh": ("", "--fresh-directions"),
-        "pretrained: one direction": ("", "--directions 1"),
-        "from scratch: four directions": (None, ""),
-        "from scratch: one direction": (None, "--directions 1"),
-    },
-    "masked-tune": {  # three settings each
-        f"{name}, base lr {x}": (f"{pre} --base-lr {x}".strip(), HELD)
-        for name, pre, values in (
-            ("autoregressive", "", ("2.4e-2", "4.8e-2", "9.6e-2")),
-            ("masked, a quarter visible", QUARTER, ("2.4e-2", "4.8e-2")),
-            ("masked, half visible", HALF, ("4.8e-2",)),
-        )
-        for x in values
-    },
-    "masked": {
-        "autoregressive": ("--base-lr 2.4e-2", ""),
-        "masked, equal time": (f"{QUARTER} --base-lr 2.4e-2", ""),
-        "masked, equal epochs": ("--visible 0.25 --base-lr 2.4e-2", ""),
-        "from scratch": (None, ""),
-    },
-    "size-tune": rates(
-        *("2e-2", "4e-2", "8e-2", "1.6e-1"),
-        **{
-            f"{size}, {side}": (model, HELD) if side == "pretrained" else (None, f"{model} {HELD}")
-            for size, (model, *_) in SIZES.items()
-            for side in ("pretrained", "from scratch")
-            if model
-        },
-    ),
-    "size": {row: flags for size, words in SIZES.items() for row, flags in both(size, *words).items()},
-    "length": {row: flags for kind, words in LENGTHS.items() for row, flags in both(kind, "", words).items()}
-    | {
-        "100 labels, 150 steps: pretrained a quarter as long": ("--epochs 7", ""),
-        "100 labels, 150 steps: pretrained four times as long": ("--epochs 112", ""),
-        "100 labels, 600 steps: pretrained four times as long": ("--epochs 112", "--max-steps 600"),
-    },
-}
+from grids import EVIDENCE, STUDIES
 
 
 def script(name: str, folder: Path, *flags) -> dict:
@@ -208,14 +91,33 @@ def differences(found: dict[str, dict], row: str) -> dict[int, float]:
     return {seed: first[seed] - top1 for seed, top1 in found[row].items() if seed in first}
 
 
+def ahead(pairs: dict[int, float]) -> str:
+    """In words: the mean difference, its interval, and whether that holds 0."""
+    mean, half = interval(pairs.values()) if pairs else (math.nan, math.nan)
+    seen = ", no difference seen" if abs(mean) <= half else ""
+    return f"{mean:.1f} ± {half:.1f}{seen}".replace("nan ± nan", "not measured yet").replace(" ± nan", "")
+
+
 def table(study: str) -> str:
     """Markdown: top-1, and by how much the row that it is compared with is ahead, paired by seed."""
     found = scores(study)
     lines = [f"| {study} | top-1 (%) | first row is ahead by | seeds |", "|---|---|---|---|"]
     for row, by_seed in found.items():
-        pairs = {} if row == reference(found, row) else differences(found, row)
-        words = ["{:.1f} ± {:.1f}".format(*interval(x.values())) if x else "" for x in (by_seed, pairs)]
-        lines.append(f"| {row} | {words[0]} | {words[1]} | {len(by_seed)} |".replace(" ± nan", ""))
+        top1 = "{:.1f} ± {:.1f}".format(*interval(by_seed.values())).replace(" ± nan", "")
+        gap = "" if row == reference(found, row) else ahead(differences(found, row))
+        lines.append(f"| {row} | {top1} | {gap} | {len(by_seed)} |")
+    return "\n".join(lines)
+
+
+def evidence() -> str:
+    """Markdown: every question, and the paired difference that answers it."""
+    lines = ["| question | study | first against second | ahead by (points) | seeds |", "|---|---|---|---|---|"]
+    for question, study, ours, other in EVIDENCE:
+        a, b = (scores(study).get(row, {}) for row in (ours, other))
+        pairs = {seed: a[seed] - b[seed] for seed in a if seed in b}
+        kind = ours.partition(":")[0] + ": "
+        against = f"{ours} against {other.removeprefix(kind)}"
+        lines.append(f"| {question} | {study} | {against} | {ahead(pairs)} | {len(pairs)} |")
     return "\n".join(lines)
 
 
@@ -228,18 +130,21 @@ def sampling_error(study: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("study", choices=tuple(STUDIES))
+    parser.add_argument("study", choices=(*STUDIES, "evidence"))
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
     parser.add_argument("--data", help="folder of the dataset, for the scripts")
     parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     data = ("--data", Path(options.data).absolute()) if options.data else ()
-    for row in [] if options.table else STUDIES[options.study]:
+    for row in [] if options.table else STUDIES.get(options.study, []):
         for seed in options.seeds:
             if not any((line["name"], line["seed"]) == (row, seed) for line in read(options.study)):
                 results = run(options.study, row, seed, *data)
                 with open(RESULTS / f"{options.study}.jsonl", "a") as file:
                     line = dict(study=options.study, name=row, seed=seed, results=results)
                     file.write(json.dumps(line, default=str) + "\n")
-    print(f"{table(options.study)}\n\n{sampling_error(options.study)}" if read(options.study) else "no runs yet")
+    if options.study == "evidence":
+        print(evidence())
+    else:
+        print(f"{table(options.study)}\n\n{sampling_error(options.study)}" if read(options.study) else "no runs yet")

@@ -68,6 +68,7 @@ def assert_same_state(a: nn.Module, b: nn.Module):
         ({"decoder_dim": 66}, "decoder_dim 66 must be divisible by 4"),
         ({"decoder_dim": 200}, "decoder_dim 200 is not divisible by its 3 heads"),
         ({"order": "diagonal"}, "order 'diagonal' is unknown: choose one of row, row-reversed, column, random"),
+        ({"order_seed": 1.5}, "order_seed 1.5 must be an integer"),
         ({"decoder_depth": 13}, "decoder_depth 13 taps as many of only 12 encoder blocks"),
         ({"taps": (6, 8, 12)}, r"taps \(6, 8, 12\) must be 4 .decoder_depth. blocks"),
         ({"taps": (6, 8, 10, 11)}, "taps .* rising from 1 to 12"),
@@ -396,6 +397,8 @@ def test_vision_mamba_errors():
             VisionMamba(TINY, **{"num_classes": 7, **wrong})
     with pytest.raises(ValueError, match="pool 'cls' needs a class token"):
         VisionMamba(TINY, None, pool="cls")
+    with pytest.raises(ValueError, match="4 scan directions do not become 1: give directions=4"):
+        VisionMamba(TINY, 7, directions=1)._load_resized(VisionMamba(TINY, 7))
 
 
 @pytest.mark.parametrize("directions, image_size", [(4, (20, 28)), (4, None), (1, (20, 28))])
@@ -741,8 +744,9 @@ def test_load_arm_for_another_image_size(released, image_size):
 @pytest.mark.parametrize("make", [ARM, lambda config: VisionMamba(config, 7)], ids=MODELS)
 def test_load_from_a_grid_that_is_not_square(make):
     model = make(TINY)
-    with pytest.raises(ValueError, match="4x4 does not hold 24 positions: give grid="):
-        load_official(to_official(model))
+    for grid, message in {None: r"\(4, 4\)", 4: "4", (3, 7): r"\(3, 7\)"}.items():
+        with pytest.raises(ValueError, match=f"a grid of {message} does not hold 24 positions: give grid="):
+            load_official(to_official(model), grid=grid)
     loaded, images = load_official(to_official(model), grid=TINY.grid), random_images(TINY)
     assert_same_state(loaded, model)
     assert torch.equal(loaded(images), model(images))

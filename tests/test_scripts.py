@@ -561,6 +561,8 @@ def test_recipes_go_by_the_preset_and_flags_override_them(tmp_path):
     for flags in (["--eval", "--labels", "10"], ["--probe", "pixels", "--class-list", "x"]):
         with pytest.raises(ValueError, match="--eval uses no --labels, and --probe no --class-list"):
             classify("--checkpoint", "out/last.pt", *flags)
+    with pytest.raises(ValueError, match="leave --directions 1 out"):
+        classify("--checkpoint", "out/last.pt", "--fresh-directions", "--directions", 1)
     with pytest.raises(ValueError, match="leave --holdout out"):
         classify("--probe", "pixels", "--from-scratch", "--holdout", 100)
     with pytest.raises(ValueError, match="--fresh-directions: out/last.pt is no pretrained model"):
@@ -894,11 +896,12 @@ def study(monkeypatch):
     return study
 
 
-@pytest.mark.parametrize("name", ["default", "fashion"])
-def test_the_readmes_table_is_the_studys(name, study, monkeypatch):
+def test_the_readmes_tables_are_the_studys(study, monkeypatch):
     monkeypatch.setattr(study, "RESULTS", ROOT / "notebooks" / "results")
-    _, *rows = study.table(name).splitlines()
-    assert "\n".join(rows) in (ROOT / "README.md").read_text(), f"paste `study.py {name} --table` again"
+    for table in (study.table("default"), study.evidence()):
+        _, *rows = table.splitlines()
+        assert "\n".join(rows) in (ROOT / "README.md").read_text(), "paste `study.py default` or `evidence` again"
+    assert "not measured yet" not in study.evidence()
 
 
 def test_every_interval_in_the_readme_is_a_studys(study, monkeypatch):
@@ -906,7 +909,7 @@ def test_every_interval_in_the_readme_is_a_studys(study, monkeypatch):
     monkeypatch.setattr(study, "RESULTS", ROOT / "notebooks" / "results")
     quoted, measured = (
         set(re.findall(r"\d+\.\d ± \d+\.\d", text))
-        for text in ((ROOT / "README.md").read_text(), "".join(map(study.table, study.STUDIES)))
+        for text in ((ROOT / "README.md").read_text(), study.evidence() + "".join(map(study.table, study.STUDIES)))
     )
     assert len(quoted) > 40 and not quoted - measured
 
@@ -922,7 +925,30 @@ def test_study_table(study):
     assert study.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3.0, 1.963), abs=1e-3)  # 2.776 * 1.581 / sqrt(5)
     lines = study.table("default").splitlines()
     assert lines[2] == "| pretrained | 79.8 ± 19.2 |  | 5 |"
-    assert lines[3] == "| from scratch, same finetuning | 72.0 ± 19.3 | 3.0 ± 4.1 | 4 |"
+    assert lines[3] == "| from scratch, same finetuning | 72.0 ± 19.3 | 3.0 ± 4.1, no difference seen | 4 |"
+
+
+def test_evidence_is_the_difference_of_two_rows(study, monkeypatch):
+    values = {"kind: a": (80.0, 90.0, 70.0), "kind: b": (79.0, 85.0, None), "kind: c": (60.0, 69.0, 52.0)}
+    with open(study.RESULTS / "length.jsonl", "w") as file:
+        for row, tops in values.items():
+            for seed, top1 in enumerate(tops):
+                file.write(json.dumps(dict(name=row, seed=seed, results=dict(top1=top1))) + "\n" if top1 else "")
+    monkeypatch.setitem(study.STUDIES, "length", dict.fromkeys(values))
+    asked = [("Q?", "length", f"kind: {a}", f"kind: {b}") for a, b in ("ab", "ba", "ac", "ad")]
+    monkeypatch.setattr(study, "EVIDENCE", asked)
+    assert study.evidence().splitlines()[2:] == [
+        "| Q? | length | kind: a against b | 3.0 ± 25.4, no difference seen | 2 |",
+        "| Q? | length | kind: b against a | -3.0 ± 25.4, no difference seen | 2 |",
+        "| Q? | length | kind: a against c | 19.7 ± 3.8 | 3 |",
+        "| Q? | length | kind: a against d | not measured yet | 0 |",
+    ]
+
+
+def test_every_question_asks_about_rows_that_a_study_has(study):
+    assert len(study.EVIDENCE) > 30
+    for _, name, *rows in study.EVIDENCE:
+        assert set(rows) <= set(study.STUDIES[name]), rows
 
 
 def test_study_groups_probes_and_sampling(study):
@@ -936,7 +962,8 @@ def test_study_groups_probes_and_sampling(study):
                 file.write(json.dumps(dict(name=row, seed=seed, results=other | dict(images=100))) + "\n")
     lines = study.table("frozen").splitlines()[2:]
     assert lines[0].startswith("| nearest neighbours: pretrained | 45.0 ±") and lines[0].endswith("|  | 2 |")
-    assert "| 8.0 ± 25.4 | 2 |" in lines[1] and lines[2].endswith("|  | 2 |") and "| -1.0 ± 0.0 |" in lines[3]
+    assert "| 8.0 ± 25.4, no difference seen | 2 |" in lines[1] and "| -1.0 ± 0.0 |" in lines[3]
+    assert lines[2].endswith("|  | 2 |")
     assert "these 100 would move a number by up to ± 9.8 points" in study.sampling_error("frozen")  # at 50 %
 
 

@@ -1,0 +1,195 @@
+"""The grids of study.py: what each study runs.
+
+A study is {row: (flags of train.py, or None to start from random weights; flags of finetune.py)}. Its rows are compared
+with the first one, or with the first of those that share what stands before a colon. Studies ending in `tune` choose
+rates for the others, on held-out training images. EVIDENCE lists the comparisons that answer a question.
+"""
+
+from armamba import ORDERS
+
+HELD = "--holdout 300"
+# Fashion-MNIST: 10,000 images with labels, or some of them, and 60,000 without; 2,000 others to choose rates
+FASHION = "--preset fashion-mnist"
+FASHION_HELD = f"{FASHION} --labels 1000 --max-steps 300 --holdout 2000"
+BUDGETS = {100: 150, 1000: 300, 10000: 500}  # labels: finetuning steps; the pretraining takes the time of 450 more
+# masked.py, in about the time of 28 of ARM's epochs
+QUARTER, HALF = "--visible 0.25 --epochs 56", "--visible 0.5 --epochs 42"
+
+# labels and finetuning steps: the default run has 100 and 150
+LENGTHS = {f"30 labels, {steps} steps": f"--labels 30 --max-steps {steps}" for steps in (150, 300, 600)}
+LENGTHS |= {"100 labels, 150 steps": "", "100 labels, 300 steps": "--max-steps 300"}
+LENGTHS |= {"100 labels, 600 steps": "--max-steps 600"}
+# size: flags of the model, rates of finetuning it and of training it from scratch, those that `size-tune` found best
+SIZES = {
+    "width 32": ("--d-model 32", "--base-lr 1.6e-1", "--base-lr 8e-2"),
+    "width 64": ("", "", ""),  # the default run
+    "width 128": ("--d-model 128", "", ""),
+    "depth 2": ("--depth 2", "", "--base-lr 8e-2"),
+    "depth 8": ("--depth 8", "--base-lr 1.6e-1", ""),
+}
+
+
+def rates(*values: str, **sides: tuple) -> dict:
+    """The same number of learning rates for both sides, on held-out training images."""
+    rows = {name.replace("_", " "): flags for name, flags in sides.items()}
+    return {f"{name}, base lr {x}": (pre, f"{ft} --base-lr {x}") for name, (pre, ft) in rows.items() for x in values}
+
+
+def both(kind: str, model: str, finetuning: str, scratch: str | None = None) -> dict:
+    """A kind of run from a pretrained model and from scratch, with flags of the model and of the two finetunings."""
+    scratch = finetuning if scratch is None else scratch
+    return {f"{kind}: pretrained": (model, finetuning), f"{kind}: from scratch": (None, f"{model} {scratch}".strip())}
+
+
+STUDIES = {
+    "tune": rates("2e-2", "4e-2", "8e-2", "1.6e-1", pretrained=("", HELD), from_scratch=(None, HELD)),
+    "default": {
+        "pretrained": ("", ""),
+        "from scratch, same finetuning": (None, ""),
+        "nearest neighbours on pixels": (None, "--probe pixels"),
+        "logistic regression on pixels": (None, "--probe pixels"),
+        "from scratch, the time of both stages": (None, "--max-steps 915"),  # 1260 * 0.085 s / 0.14 s + 150
+        "twice the finetuning: pretrained": ("", "--max-steps 300"),
+        "twice the finetuning: from scratch": (None, "--max-steps 300"),
+    },
+    "fashion-tune": rates(
+        "1e-2", "2e-2", "4e-2", pretrained=(FASHION, FASHION_HELD), from_scratch=(None, FASHION_HELD)
+    ),
+    "fashion": {
+        f"{n} labels: {name}": (pre, f"{FASHION} --labels {n} --max-steps {steps + more}")
+        for n, steps in BUDGETS.items()
+        for name, pre, more in (
+            ("pretrained", FASHION, 0),
+            ("from scratch, same finetuning", None, 0),
+            ("from scratch, the time of both stages", None, 450),
+        )
+    },
+    "fashion-unit": {
+        name: (f"{FASHION} {flags}".strip(), f"{FASHION} --labels 1000 --max-steps 300")
+        for name, flags in (
+            ("clusters of 2x2 patches", ""),
+            ("clusters of 1x1", "--cluster-size 1"),
+            ("clusters of 4x4", "--cluster-size 4"),
+        )
+    }
+    | {"from scratch": (None, f"{FASHION} --labels 1000 --max-steps 300")},
+    "frozen": {
+        f"{kind}: {name}": (pre, f"--probe {what}")
+        for kind in ("nearest neighbours", "linear classifier")
+        for name, pre, what in (
+            ("pretrained", "", "features"),
+            ("random", None, "features"),
+            ("pixels", None, "pixels"),
+        )
+    },
+    "unit": {
+        "clusters of 2x2 patches, pixels normalised": ("", ""),
+        "clusters of 1x1": ("--cluster-size 1", ""),
+        "clusters of 3x3": ("--cluster-size 3", ""),
+        "pixels not normalised": ("--no-norm-pix", ""),
+        "decoder of one block": ("--decoder-depth 1", ""),
+        "decoder half as wide": ("--decoder-dim 32", ""),
+    },
+    "order": {order: (f"--order {order}" if order != "row" else "", "") for order in ORDERS},
+    "directions": {
+        "pretrained: four directions, copied": ("", ""),
+        "pretrained: four directions, three of them fresh": ("", "--fresh-directions"),
+        "pretrained: one direction": ("", "--directions 1"),
+        "from scratch: four directions": (None, ""),
+        "from scratch: one direction": (None, "--directions 1"),
+    },
+    "masked-tune": {  # four settings each
+        f"{name}, base lr {x}": (f"{pre} --base-lr {x}".strip(), HELD)
+        for name, pre, values in (
+            ("autoregressive", "", ("1.2e-2", "2.4e-2", "4.8e-2", "9.6e-2")),
+            ("masked, a quarter visible", QUARTER, ("1.2e-2", "2.4e-2", "4.8e-2")),
+            ("masked, half visible", HALF, ("4.8e-2",)),
+        )
+        for x in values
+    },
+    "masked": {
+        "autoregressive": ("--base-lr 2.4e-2", ""),
+        "masked, equal time": (f"{QUARTER} --base-lr 2.4e-2", ""),
+        "masked, equal epochs": ("--visible 0.25 --base-lr 2.4e-2", ""),
+        "from scratch": (None, ""),
+    },
+    "size-tune": rates(
+        *("2e-2", "4e-2", "8e-2", "1.6e-1"),
+        **{
+            f"{size}, {side}": (model, HELD) if side == "pretrained" else (None, f"{model} {HELD}")
+            for size, (model, *_) in SIZES.items()
+            for side in ("pretrained", "from scratch")
+            if model
+        },
+    ),
+    "size": {row: flags for size, words in SIZES.items() for row, flags in both(size, *words).items()},
+    "length": {row: flags for kind, words in LENGTHS.items() for row, flags in both(kind, "", words).items()}
+    | {
+        "100 labels, 150 steps: pretrained a quarter as long": ("--epochs 7", ""),
+        "100 labels, 150 steps: pretrained four times as long": ("--epochs 112", ""),
+        "100 labels, 600 steps: pretrained four times as long": ("--epochs 112", "--max-steps 600"),
+        "30 labels, 150 steps: pretrained four times as long": ("--epochs 112", "--labels 30 --max-steps 150"),
+        "30 labels, 600 steps: pretrained four times as long": ("--epochs 112", "--labels 30 --max-steps 600"),
+    },
+}
+
+# question, study, and the two rows whose difference answers it
+PRETRAINED, SCRATCH, LONG = "pretrained", "from scratch, same finetuning", "from scratch, the time of both stages"
+FOUR = "four directions, copied"
+EVIDENCE = (
+    ("Ahead at equal finetuning?", "default", PRETRAINED, SCRATCH),
+    (
+        "With twice the finetuning?",
+        "default",
+        f"twice the finetuning: {PRETRAINED}",
+        "twice the finetuning: from scratch",
+    ),
+    ("Ahead at equal total time?", "default", PRETRAINED, LONG),
+    *(
+        (question, "fashion", f"{n} labels: {PRETRAINED}", f"{n} labels: {row}")
+        for question, row in (("On other images?", SCRATCH), ("On other images, at equal total time?", LONG))
+        for n in BUDGETS
+    ),
+    *(
+        ("Only a head start?", "length", f"{kind}: {PRETRAINED}", f"{kind}: from scratch")
+        for kind in ("100 labels, 600 steps", "30 labels, 150 steps", "30 labels, 600 steps")
+    ),
+    *(
+        ("Does longer pretraining help?", "length", f"{kind}: {PRETRAINED} four times as long", f"{kind}: {row}")
+        for kind in ("100 labels, 150 steps", "30 labels, 600 steps")
+        for row in (PRETRAINED, "from scratch")
+    ),
+    *(
+        ("Frozen features?", "frozen", f"{kind}: {PRETRAINED}", f"{kind}: {row}")
+        for kind, row in (
+            ("linear classifier", "random"),
+            ("nearest neighbours", "random"),
+            ("nearest neighbours", "pixels"),
+        )
+    ),
+    *(
+        (question, study, list(STUDIES[study])[0], row)
+        for study, questions in {
+            "unit": {
+                "clusters of 1x1": "Cluster or patch?",
+                "clusters of 3x3": "Larger clusters?",
+                "pixels not normalised": "Normalised pixels?",
+                "decoder of one block": "A lighter decoder?",
+                "decoder half as wide": "A lighter decoder?",
+            },
+            "fashion-unit": {"clusters of 1x1": "Cluster or patch?", "clusters of 4x4": "Larger clusters?"},
+            "order": {row: "Does the order matter?" for row in ORDERS[1:]},
+            "masked": {"masked, equal time": "Masked instead?", "masked, equal epochs": "Masked instead?"},
+        }.items()
+        for row, question in questions.items()
+    ),
+    ("Four directions?", "directions", f"pretrained: {FOUR}", "pretrained: one direction"),
+    ("Four directions?", "directions", "from scratch: four directions", "from scratch: one direction"),
+    (
+        "Copies or fresh starts?",
+        "directions",
+        f"pretrained: {FOUR}",
+        "pretrained: four directions, three of them fresh",
+    ),
+    *(("Do larger models need it more?", "size", f"{x}: {PRETRAINED}", f"{x}: from scratch") for x in SIZES),
+)
