@@ -10,11 +10,16 @@ from armamba import ORDERS
 HELD = "--holdout 300"
 # Fashion-MNIST: 10,000 images with labels, or some of them, and 60,000 without; 2,000 others to choose rates
 FASHION = "--preset fashion-mnist"
-FASHION_HELD = f"{FASHION} --labels 1000 --max-steps 300 --holdout 2000"
+FASHION_UNIT = f"{FASHION} --labels 1000 --max-steps 300"
+FASHION_HELD = f"{FASHION_UNIT} --holdout 2000"
 BUDGETS = {100: 150, 1000: 300, 10000: 500}  # labels: finetuning steps; the pretraining takes the time of 450 more
 # masked.py, in about the time of 28 of ARM's epochs
 QUARTER, HALF = "--visible 0.25 --epochs 56", "--visible 0.5 --epochs 42"
 
+# what is predicted
+UNITS = {"clusters of 1x1": "--cluster-size 1", "clusters of 3x3": "--cluster-size 3"}
+UNITS |= {"pixels not normalised": "--no-norm-pix", "decoder of one block": "--decoder-depth 1"}
+UNITS |= {"decoder half as wide": "--decoder-dim 32"}
 # labels and finetuning steps: the default run has 100 and 150
 LENGTHS = {f"30 labels, {steps} steps": f"--labels 30 --max-steps {steps}" for steps in (150, 300, 600)}
 LENGTHS |= {"100 labels, 150 steps": "", "100 labels, 300 steps": "--max-steps 300"}
@@ -64,15 +69,6 @@ STUDIES = {
             ("from scratch, the time of both stages", None, 450),
         )
     },
-    "fashion-unit": {
-        name: (f"{FASHION} {flags}".strip(), f"{FASHION} --labels 1000 --max-steps 300")
-        for name, flags in (
-            ("clusters of 2x2 patches", ""),
-            ("clusters of 1x1", "--cluster-size 1"),
-            ("clusters of 4x4", "--cluster-size 4"),
-        )
-    }
-    | {"from scratch": (None, f"{FASHION} --labels 1000 --max-steps 300")},
     "frozen": {
         f"{kind}: {name}": (pre, f"--probe {what}")
         for kind in ("nearest neighbours", "linear classifier")
@@ -82,14 +78,11 @@ STUDIES = {
             ("pixels", None, "pixels"),
         )
     },
-    "unit": {
-        "clusters of 2x2 patches, pixels normalised": ("", ""),
-        "clusters of 1x1": ("--cluster-size 1", ""),
-        "clusters of 3x3": ("--cluster-size 3", ""),
-        "pixels not normalised": ("--no-norm-pix", ""),
-        "decoder of one block": ("--decoder-depth 1", ""),
-        "decoder half as wide": ("--decoder-dim 32", ""),
-    },
+    "unit-tune": rates(  # what is behind at the default's rate
+        *("4e-2", "8e-2"),  # the best two of `tune`
+        **{"clusters_of_1x1": ("--cluster-size 1", HELD), "random_order": ("--order random", HELD)},
+    ),
+    "unit": {"clusters of 2x2 patches, pixels normalised": ("", "")} | {name: (x, "") for name, x in UNITS.items()},
     "order": {order: (f"--order {order}" if order != "row" else "", "") for order in ORDERS},
     "directions": {
         "pretrained: four directions, copied": ("", ""),
@@ -128,7 +121,6 @@ STUDIES = {
         "100 labels, 150 steps: pretrained a quarter as long": ("--epochs 7", ""),
         "100 labels, 150 steps: pretrained four times as long": ("--epochs 112", ""),
         "100 labels, 600 steps: pretrained four times as long": ("--epochs 112", "--max-steps 600"),
-        "30 labels, 150 steps: pretrained four times as long": ("--epochs 112", "--labels 30 --max-steps 150"),
         "30 labels, 600 steps: pretrained four times as long": ("--epochs 112", "--labels 30 --max-steps 600"),
     },
 }
@@ -177,7 +169,6 @@ EVIDENCE = (
                 "decoder of one block": "A lighter decoder?",
                 "decoder half as wide": "A lighter decoder?",
             },
-            "fashion-unit": {"clusters of 1x1": "Cluster or patch?", "clusters of 4x4": "Larger clusters?"},
             "order": {row: "Does the order matter?" for row in ORDERS[1:]},
             "masked": {"masked, equal time": "Masked instead?", "masked, equal epochs": "Masked instead?"},
         }.items()

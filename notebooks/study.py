@@ -1,9 +1,7 @@
 """Run a study, one line of results per run, and make tables from those lines.
 
-    python notebooks/study.py default            # the README's table: pretrained, from scratch, pixels; five seeds
-    python notebooks/study.py default --table    # the table again, from notebooks/results/default.jsonl alone
-    python notebooks/study.py tune --seeds 100 101    # learning rates, on held-out training images
-    python notebooks/study.py evidence           # what all studies answer, in one table
+    python notebooks/study.py default [--table]    # five seeds of its runs, and its table; or only that
+    python notebooks/study.py evidence             # what all studies answer, in one table
     python notebooks/study.py fashion --seeds 0 1 2 --data FOLDER    # where Fashion-MNIST is, or is to be put
 
 Runs use the two scripts and leave their folders in runs/study/. A run that has its line is skipped and one that was
@@ -109,16 +107,18 @@ def table(study: str) -> str:
     return "\n".join(lines)
 
 
-def evidence() -> str:
-    """Markdown: every question, and the paired difference that answers it."""
-    lines = ["| question | study | first against second | ahead by (points) | seeds |", "|---|---|---|---|---|"]
+def answers():
+    """For each comparison in EVIDENCE: question, study, the two rows in words, and their difference by seed."""
     for question, study, ours, other in EVIDENCE:
         a, b = (scores(study).get(row, {}) for row in (ours, other))
-        pairs = {seed: a[seed] - b[seed] for seed in a if seed in b}
-        kind = ours.partition(":")[0] + ": "
-        against = f"{ours} against {other.removeprefix(kind)}"
-        lines.append(f"| {question} | {study} | {against} | {ahead(pairs)} | {len(pairs)} |")
-    return "\n".join(lines)
+        words = f"{ours} against {other.removeprefix(ours.partition(':')[0] + ': ')}"
+        yield question, study, words, {seed: a[seed] - b[seed] for seed in a if seed in b}
+
+
+def evidence() -> str:
+    """Markdown: every question, and the paired difference that answers it."""
+    rows = [f"| {' | '.join(words)} | {ahead(pairs)} | {len(pairs)} |" for *words, pairs in answers()]
+    return "\n".join(["| question | study | first against second | ahead by | seeds |", "|---|---|---|---|---|", *rows])
 
 
 def sampling_error(study: str) -> str:

@@ -685,6 +685,11 @@ def test_released_file_form(make, tmp_path):
         load_official(compiled, weights="model_ema")
     with pytest.raises(ValueError, match="weights 'model_ema' are not in this checkpoint: it has model"):
         load_official({"model": to_official(raw), "model_ema": None}, weights="model_ema")
+    with pytest.raises(ValueError, match="weights 'ema' are not in this checkpoint: it has bare weights"):
+        load_official(to_official(raw), weights="ema")
+    for wrong in ({"model": 3}, {"model": [raw]}, {0: torch.zeros(1)}, {"head.weight": 3}):
+        with pytest.raises(ValueError, match="not a checkpoint: weights are named tensors"):
+            load_official(wrong)
 
 
 class Payload:
