@@ -78,12 +78,15 @@ STUDIES = {
             ("pixels", None, "pixels"),
         )
     },
-    "unit-tune": rates(  # what is behind at the default's rate
+    "unit-tune": rates(  # what was behind at the default's rate
         *("4e-2", "8e-2"),  # the best two of `tune`
         **{"clusters_of_1x1": ("--cluster-size 1", HELD), "random_order": ("--order random", HELD)},
     ),
-    "unit": {"clusters of 2x2 patches, pixels normalised": ("", "")} | {name: (x, "") for name, x in UNITS.items()},
-    "order": {order: (f"--order {order}" if order != "row" else "", "") for order in ORDERS},
+    "unit": {"clusters of 2x2 patches, pixels normalised": ("", "")}
+    | {name: (x, "") for name, x in UNITS.items()}
+    | {f"patches of 3 pixels: clusters of {s}x{s}": (f"--patch-size 3 --cluster-size {s}", "") for s in (2, 4)},
+    "order": {order: (f"--order {order}" if order != "row" else "", "") for order in ORDERS}
+    | {"random, half the finetuning rate": ("--order random", "--base-lr 4e-2")},
     "directions": {
         "pretrained: four directions, copied": ("", ""),
         "pretrained: four directions, three of them fresh": ("", "--fresh-directions"),
@@ -144,11 +147,11 @@ EVIDENCE = (
     ),
     *(
         ("Only a head start?", "length", f"{kind}: {PRETRAINED}", f"{kind}: from scratch")
-        for kind in ("100 labels, 600 steps", "30 labels, 150 steps", "30 labels, 600 steps")
+        for kind in ("100 labels, 600 steps", "30 labels, 600 steps")
     ),
     *(
         ("Does longer pretraining help?", "length", f"{kind}: {PRETRAINED} four times as long", f"{kind}: {row}")
-        for kind in ("100 labels, 150 steps", "30 labels, 600 steps")
+        for kind in ("100 labels, 150 steps", "100 labels, 600 steps", "30 labels, 600 steps")
         for row in (PRETRAINED, "from scratch")
     ),
     *(
@@ -169,11 +172,12 @@ EVIDENCE = (
                 "decoder of one block": "A lighter decoder?",
                 "decoder half as wide": "A lighter decoder?",
             },
-            "order": {row: "Does the order matter?" for row in ORDERS[1:]},
+            "order": {row: "Does the order matter?" for row in list(STUDIES["order"])[1:]},
             "masked": {"masked, equal time": "Masked instead?", "masked, equal epochs": "Masked instead?"},
         }.items()
         for row, question in questions.items()
     ),
+    ("Larger clusters?", "unit", *(f"patches of 3 pixels: clusters of {s}x{s}" for s in (2, 4))),
     ("Four directions?", "directions", f"pretrained: {FOUR}", "pretrained: one direction"),
     ("Four directions?", "directions", "from scratch: four directions", "from scratch: one direction"),
     (
