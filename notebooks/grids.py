@@ -10,16 +10,11 @@ from armamba import ORDERS
 HELD = "--holdout 300"
 # Fashion-MNIST: 10,000 images with labels, or some of them, and 60,000 without; 2,000 others to choose rates
 FASHION = "--preset fashion-mnist"
-FASHION_UNIT = f"{FASHION} --labels 1000 --max-steps 300"
-FASHION_HELD = f"{FASHION_UNIT} --holdout 2000"
+FASHION_HELD = f"{FASHION} --labels 1000 --max-steps 300 --holdout 2000"
 BUDGETS = {100: 150, 1000: 300, 10000: 500}  # labels: finetuning steps; the pretraining takes the time of 450 more
 # masked.py, in about the time of 28 of ARM's epochs
 QUARTER, HALF = "--visible 0.25 --epochs 56", "--visible 0.5 --epochs 42"
 
-# what is predicted
-UNITS = {"clusters of 1x1": "--cluster-size 1", "clusters of 3x3": "--cluster-size 3"}
-UNITS |= {"pixels not normalised": "--no-norm-pix", "decoder of one block": "--decoder-depth 1"}
-UNITS |= {"decoder half as wide": "--decoder-dim 32"}
 # labels and finetuning steps: the default run has 100 and 150
 LENGTHS = {f"30 labels, {steps} steps": f"--labels 30 --max-steps {steps}" for steps in (150, 300, 600)}
 LENGTHS |= {"100 labels, 150 steps": "", "100 labels, 300 steps": "--max-steps 300"}
@@ -82,8 +77,14 @@ STUDIES = {
         *("4e-2", "8e-2"),  # the best two of `tune`
         **{"clusters_of_1x1": ("--cluster-size 1", HELD), "random_order": ("--order random", HELD)},
     ),
-    "unit": {"clusters of 2x2 patches, pixels normalised": ("", "")}
-    | {name: (x, "") for name, x in UNITS.items()}
+    "unit": {
+        "clusters of 2x2 patches, pixels normalised": ("", ""),
+        "clusters of 1x1": ("--cluster-size 1", ""),
+        "clusters of 3x3": ("--cluster-size 3", ""),
+        "pixels not normalised": ("--no-norm-pix", ""),
+        "decoder of one block": ("--decoder-depth 1", ""),
+        "decoder half as wide": ("--decoder-dim 32", ""),
+    }
     | {f"patches of 3 pixels: clusters of {s}x{s}": (f"--patch-size 3 --cluster-size {s}", "") for s in (2, 4)},
     "order": {order: (f"--order {order}" if order != "row" else "", "") for order in ORDERS}
     | {"random, half the finetuning rate": ("--order random", "--base-lr 4e-2")},
