@@ -15,17 +15,20 @@ BUDGETS = {100: 150, 1000: 300, 10000: 500}  # labels: finetuning steps; the pre
 # masked.py, in about the time of 28 of ARM's epochs
 QUARTER, HALF = "--visible 0.25 --epochs 56", "--visible 0.5 --epochs 42"
 
+# `length` and `size` ran before the present finetuning recipe was found, with the rates that were best in this one
+EARLIER = "--betas 0.9 0.999 --warmup-epochs 5"
 # labels and finetuning steps: the default run has 100 and 150
 LENGTHS = {f"30 labels, {steps} steps": f"--labels 30 --max-steps {steps}" for steps in (150, 300, 600)}
 LENGTHS |= {"100 labels, 150 steps": "", "100 labels, 300 steps": "--max-steps 300"}
 LENGTHS |= {"100 labels, 600 steps": "--max-steps 600"}
+LONGER = "100 labels, 150 steps", "100 labels, 600 steps", "30 labels, 600 steps"  # also after longer pretraining
 # size: flags of the model, rates of finetuning it and of training it from scratch, those that `size-tune` found best
 SIZES = {
-    "width 32": ("--d-model 32", "--base-lr 1.6e-1", "--base-lr 8e-2"),
-    "width 64": ("", "", ""),  # the default run
-    "width 128": ("--d-model 128", "", ""),
-    "depth 2": ("--depth 2", "", "--base-lr 8e-2"),
-    "depth 8": ("--depth 8", "--base-lr 1.6e-1", ""),
+    "width 32": ("--d-model 32", "1.6e-1", "8e-2"),
+    "width 64": ("", "8e-2", "4e-2"),
+    "width 128": ("--d-model 128", "8e-2", "4e-2"),
+    "depth 2": ("--depth 2", "8e-2", "8e-2"),
+    "depth 8": ("--depth 8", "1.6e-1", "4e-2"),
 }
 
 
@@ -35,14 +38,24 @@ def rates(*values: str, **sides: tuple) -> dict:
     return {f"{name}, base lr {x}": (pre, f"{ft} --base-lr {x}") for name, (pre, ft) in rows.items() for x in values}
 
 
-def both(kind: str, model: str, finetuning: str, scratch: str | None = None) -> dict:
-    """A kind of run from a pretrained model and from scratch, with flags of the model and of the two finetunings."""
-    scratch = finetuning if scratch is None else scratch
-    return {f"{kind}: pretrained": (model, finetuning), f"{kind}: from scratch": (None, f"{model} {scratch}".strip())}
+def sides(kind: str, model: str, finetuning: str) -> dict:
+    """The two sides of a comparison: a pretrained model, and the same from scratch."""
+    return {f"{kind}pretrained": (model, finetuning), f"{kind}from scratch": (None, f"{model} {finetuning}".strip())}
+
+
+def both(kind: str, model: str, finetuning: str, rate: str, scratch: str) -> dict:
+    """A kind of run from a pretrained model and from scratch: flags of the model and of finetuning, a rate for each."""
+    runs = ("pretrained", model, "", rate), ("from scratch", None, model, scratch)
+    return {
+        f"{kind}: {name}": (pre, f"{flags} {finetuning} {EARLIER} --base-lr {x}".strip())
+        for name, pre, flags, x in runs
+    }
 
 
 STUDIES = {
-    "tune": rates("2e-2", "4e-2", "8e-2", "1.6e-1", pretrained=("", HELD), from_scratch=(None, HELD)),
+    "tune": rates("4e-2", "8e-2", "1.6e-1", "3.2e-1", **sides("present recipe, ", "", HELD))
+    | rates("4e-2", "8e-2", **sides("short warm-up, ", "", f"{HELD} --warmup-epochs 5"))
+    | rates("2e-2", "4e-2", "8e-2", "1.6e-1", **sides("earlier recipe, ", "", f"{HELD} {EARLIER}")),
     "default": {
         "pretrained": ("", ""),
         "from scratch, same finetuning": (None, ""),
@@ -51,6 +64,8 @@ STUDIES = {
         "from scratch, the time of both stages": (None, "--max-steps 915"),  # 1260 * 0.085 s / 0.14 s + 150
         "twice the finetuning: pretrained": ("", "--max-steps 300"),
         "twice the finetuning: from scratch": (None, "--max-steps 300"),
+        "earlier recipe: pretrained": ("", f"{EARLIER} --base-lr 8e-2"),
+        "earlier recipe: from scratch": (None, f"{EARLIER} --base-lr 4e-2"),
     },
     "fashion-tune": rates(
         "1e-2", "2e-2", "4e-2", pretrained=(FASHION, FASHION_HELD), from_scratch=(None, FASHION_HELD)
@@ -73,10 +88,6 @@ STUDIES = {
             ("pixels", None, "pixels"),
         )
     },
-    "unit-tune": rates(  # what was behind at the default's rate
-        *("4e-2", "8e-2"),  # the best two of `tune`
-        **{"clusters_of_1x1": ("--cluster-size 1", HELD), "random_order": ("--order random", HELD)},
-    ),
     "unit": {
         "clusters of 2x2 patches, pixels normalised": ("", ""),
         "clusters of 1x1": ("--cluster-size 1", ""),
@@ -85,9 +96,13 @@ STUDIES = {
         "decoder of one block": ("--decoder-depth 1", ""),
         "decoder half as wide": ("--decoder-dim 32", ""),
     }
-    | {f"patches of 3 pixels: clusters of {s}x{s}": (f"--patch-size 3 --cluster-size {s}", "") for s in (2, 4)},
-    "order": {order: (f"--order {order}" if order != "row" else "", "") for order in ORDERS}
-    | {"random, half the finetuning rate": ("--order random", "--base-lr 4e-2")},
+    | {f"patches of 3 pixels: clusters of {s}x{s}": (f"--patch-size 3 --cluster-size {s}", "") for s in (2, 4)}
+    | {
+        f"earlier recipe: clusters of {s}x{s}": (pre, f"{EARLIER} --base-lr 8e-2")
+        for s, pre in ((2, ""), (1, "--cluster-size 1"))
+    },
+    "order": {order: (f"--order {order}" if order != "row" else "", "") for order in ORDERS},
+    "directions-tune": rates("4e-2", "8e-2", "1.6e-1", **sides("one direction, ", "", f"{HELD} --directions 1")),
     "directions": {
         "pretrained: four directions, copied": ("", ""),
         "pretrained: four directions, three of them fresh": ("", "--fresh-directions"),
@@ -105,7 +120,7 @@ STUDIES = {
         for x in values
     },
     "masked": {
-        "autoregressive": ("--base-lr 2.4e-2", ""),
+        "autoregressive": ("", ""),
         "masked, equal time": (f"{QUARTER} --base-lr 2.4e-2", ""),
         "masked, equal epochs": ("--visible 0.25 --base-lr 2.4e-2", ""),
         "from scratch": (None, ""),
@@ -113,19 +128,22 @@ STUDIES = {
     "size-tune": rates(
         *("2e-2", "4e-2", "8e-2", "1.6e-1"),
         **{
-            f"{size}, {side}": (model, HELD) if side == "pretrained" else (None, f"{model} {HELD}")
+            side: flags
             for size, (model, *_) in SIZES.items()
-            for side in ("pretrained", "from scratch")
+            for side, flags in sides(f"{size}, ", model, f"{HELD} {EARLIER}").items()
             if model
         },
     ),
-    "size": {row: flags for size, words in SIZES.items() for row, flags in both(size, *words).items()},
-    "length": {row: flags for kind, words in LENGTHS.items() for row, flags in both(kind, "", words).items()}
+    "size": {row: flags for size, (model, *lr) in SIZES.items() for row, flags in both(size, model, "", *lr).items()},
+    "length": {
+        row: flags for kind, words in LENGTHS.items() for row, flags in both(kind, "", words, "8e-2", "4e-2").items()
+    }
     | {
-        "100 labels, 150 steps: pretrained a quarter as long": ("--epochs 7", ""),
-        "100 labels, 150 steps: pretrained four times as long": ("--epochs 112", ""),
-        "100 labels, 600 steps: pretrained four times as long": ("--epochs 112", "--max-steps 600"),
-        "30 labels, 600 steps: pretrained four times as long": ("--epochs 112", "--labels 30 --max-steps 600"),
+        f"{kind}: pretrained {words}": (pre, f"{LENGTHS[kind]} {EARLIER} --base-lr 8e-2".strip())
+        for kind, words, pre in (
+            ("100 labels, 150 steps", "a quarter as long", "--epochs 7"),
+            *((kind, "four times as long", "--epochs 112") for kind in LONGER),
+        )
     },
 }
 
@@ -140,19 +158,17 @@ EVIDENCE = (
         f"twice the finetuning: {PRETRAINED}",
         "twice the finetuning: from scratch",
     ),
+    ("With another recipe?", "default", f"earlier recipe: {PRETRAINED}", "earlier recipe: from scratch"),
     ("Ahead at equal total time?", "default", PRETRAINED, LONG),
     *(
         (question, "fashion", f"{n} labels: {PRETRAINED}", f"{n} labels: {row}")
         for question, row in (("On other images?", SCRATCH), ("On other images, at equal total time?", LONG))
         for n in BUDGETS
     ),
-    *(
-        ("Only a head start?", "length", f"{kind}: {PRETRAINED}", f"{kind}: from scratch")
-        for kind in ("100 labels, 600 steps", "30 labels, 600 steps")
-    ),
+    *(("Only a head start?", "length", f"{kind}: {PRETRAINED}", f"{kind}: from scratch") for kind in LONGER[1:]),
     *(
         ("Does longer pretraining help?", "length", f"{kind}: {PRETRAINED} four times as long", f"{kind}: {row}")
-        for kind in ("100 labels, 150 steps", "100 labels, 600 steps", "30 labels, 600 steps")
+        for kind in LONGER
         for row in (PRETRAINED, "from scratch")
     ),
     *(
@@ -178,9 +194,12 @@ EVIDENCE = (
         }.items()
         for row, question in questions.items()
     ),
+    ("Cluster or patch?", "unit", *(f"earlier recipe: clusters of {s}x{s}" for s in (2, 1))),
     ("Larger clusters?", "unit", *(f"patches of 3 pixels: clusters of {s}x{s}" for s in (2, 4))),
     ("Four directions?", "directions", f"pretrained: {FOUR}", "pretrained: one direction"),
     ("Four directions?", "directions", "from scratch: four directions", "from scratch: one direction"),
+    ("Ahead with one direction?", "directions", "pretrained: one direction", "from scratch: one direction"),
+    ("Ahead with one direction?", "directions", "pretrained: one direction", "from scratch: four directions"),
     (
         "Copies or fresh starts?",
         "directions",

@@ -83,10 +83,10 @@ def scores(study: str) -> dict[str, dict[int, float]]:
     return {row: by_seed for row, by_seed in found.items() if by_seed}
 
 
-def differences(found: dict[str, dict], row: str) -> dict[int, float]:
-    """The row that it is compared with minus this one, by seed; `found` as from `scores`."""
-    first = found.get(reference(found, row), {})
-    return {seed: first[seed] - top1 for seed, top1 in found[row].items() if seed in first}
+def differences(found: dict[str, dict], row: str, first: str | None = None) -> dict[int, float]:
+    """By seed, another row, by default the one that it is compared with, minus this one; `found` as from `scores`."""
+    ours, theirs = found.get(first or reference(found, row), {}), found.get(row, {})
+    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
 
 
 def ahead(pairs: dict[int, float]) -> str:
@@ -110,9 +110,8 @@ def table(study: str) -> str:
 def answers():
     """For each comparison in EVIDENCE: question, study, the two rows in words, and their difference by seed."""
     for question, study, ours, other in EVIDENCE:
-        a, b = (scores(study).get(row, {}) for row in (ours, other))
         words = f"{ours} against {other.removeprefix(ours.partition(':')[0] + ': ')}"
-        yield question, study, words, {seed: a[seed] - b[seed] for seed in a if seed in b}
+        yield question, study, words, differences(scores(study), other, ours)
 
 
 def evidence() -> str:

@@ -823,13 +823,13 @@ def script(name, *flags, **options):
 
 
 @pytest.mark.slow
-def test_the_default_run_shows_the_claim():
+def test_the_default_run_compares_both_sides():
     script("train.py")
     said = script("finetune.py").stdout
     pretrained, scratch = (float(x) for x in re.findall(r"^\| from .*? \| ([\d.]+) \|", said, re.M))
-    # by 8.2 when this was written; by 3.7 to 12.1 over the seeds of README's table
-    assert pretrained > scratch + 2, said
-    gain = float(re.search(r"pretraining: \+([\d.]+) points over", said)[1])
+    # 71.3 and 68.2 when this was written; over the ten seeds of README's table the gain is -1.4 to 17.5
+    assert pretrained > 60 and scratch > 50 and pretrained > scratch - 5, said
+    gain = float(re.search(r"pretraining: ([+-][\d.]+) points over", said)[1])
     assert abs(gain - (pretrained - scratch)) < 0.11  # of rounded numbers
 
 
@@ -949,6 +949,28 @@ def test_every_question_asks_about_rows_that_a_study_has(study):
     assert len(study.EVIDENCE) > 30
     for _, name, *rows in study.EVIDENCE:
         assert set(rows) <= set(study.STUDIES[name]), rows
+
+
+def test_every_result_is_of_a_run_that_its_study_would_make_today(study, monkeypatch):
+    """A recipe that changes, in a preset or a grid, leaves old results behind: repeat them, or name the old recipe."""
+    monkeypatch.setattr(study, "RESULTS", ROOT / "notebooks" / "results")
+    free = "output_dir data resume device checkpoint compare batch_size precision threads num_workers save_every"
+    unused = "epochs warmup_epochs base_lr min_lr betas weight_decay layer_decay smoothing"  # without training
+    for name, rows in study.STUDIES.items():
+        for line in study.read(name):
+            pretraining, finetuning = rows[line["name"]]
+            theirs, start, seed = line["results"]["args"], ["--from-scratch"], ["--seed", str(line["seed"])]
+            if pretraining is not None:
+                flags = re.sub(r"--visible \S+", "", pretraining).split()
+                before = dict(stage="pretrain", args=vars(train.pretraining_arguments(flags + seed)))
+                monkeypatch.setattr(train, "load_checkpoint", lambda path, config=before: dict(config=config))
+                start = ["--checkpoint", "last.pt"]
+                folder = "-".join(f"pretrain {pretraining} {line['seed']}".replace("--", "").split())
+                assert theirs["checkpoint"].endswith(f"/{folder}/last.pt"), f"{name}, {line['name']}"
+            args, _ = finetune.finetuning_arguments([*start, *finetuning.split(), *seed])
+            mine = json.loads(json.dumps(vars(args), default=str))
+            for key in (mine.keys() & theirs.keys()).difference(free.split(), unused.split() if args.probe else ()):
+                assert mine[key] == theirs[key], f"{name}, {line['name']}, seed {line['seed']}: {key}"
 
 
 def test_study_groups_probes_and_sampling(study):
