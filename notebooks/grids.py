@@ -43,13 +43,10 @@ def sides(kind: str, model: str, finetuning: str) -> dict:
     return {f"{kind}pretrained": (model, finetuning), f"{kind}from scratch": (None, f"{model} {finetuning}".strip())}
 
 
-def both(kind: str, model: str, finetuning: str, rate: str, scratch: str) -> dict:
-    """A kind of run from a pretrained model and from scratch: flags of the model and of finetuning, a rate for each."""
-    runs = ("pretrained", model, "", rate), ("from scratch", None, model, scratch)
-    return {
-        f"{kind}: {name}": (pre, f"{flags} {finetuning} {EARLIER} --base-lr {x}".strip())
-        for name, pre, flags, x in runs
-    }
+def both(kind: str, model: str, finetuning: str, *lrs: str) -> dict:
+    """The two sides with the earlier recipe, each at a learning rate of its own."""
+    rows = sides(f"{kind}: ", model, f"{finetuning} {EARLIER}".strip())
+    return {row: (pre, f"{flags} --base-lr {lr}") for (row, (pre, flags)), lr in zip(rows.items(), lrs, strict=True)}
 
 
 STUDIES = {

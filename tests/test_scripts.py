@@ -823,13 +823,13 @@ def script(name, *flags, **options):
 
 
 @pytest.mark.slow
-def test_the_default_run_compares_both_sides():
+def test_the_default_run_shows_the_claim():
     script("train.py")
     said = script("finetune.py").stdout
     pretrained, scratch = (float(x) for x in re.findall(r"^\| from .*? \| ([\d.]+) \|", said, re.M))
-    # 71.3 and 68.2 when this was written; over the ten seeds of README's table the gain is -1.4 to 17.5
-    assert pretrained > 60 and scratch > 50 and pretrained > scratch - 5, said
-    gain = float(re.search(r"pretraining: ([+-][\d.]+) points over", said)[1])
+    # 71.3 and 68.2 when this was written; over the seeds of README's table by -1.4 to 17.5
+    assert scratch > 50 and pretrained > scratch + 2, said
+    gain = float(re.search(r"pretraining: \+([\d.]+) points over", said)[1])
     assert abs(gain - (pretrained - scratch)) < 0.11  # of rounded numbers
 
 
@@ -956,6 +956,7 @@ def test_every_result_is_of_a_run_that_its_study_would_make_today(study, monkeyp
     monkeypatch.setattr(study, "RESULTS", ROOT / "notebooks" / "results")
     free = "output_dir data resume device checkpoint compare batch_size precision threads num_workers save_every"
     unused = "epochs warmup_epochs base_lr min_lr betas weight_decay layer_decay smoothing"  # without training
+    assert {path.stem for path in study.RESULTS.iterdir()} <= study.STUDIES.keys()
     for name, rows in study.STUDIES.items():
         for line in study.read(name):
             pretraining, finetuning = rows[line["name"]]
