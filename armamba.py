@@ -303,7 +303,7 @@ def _scan_backward(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
     """
     if kernel:
         # no gate, so neither the output nor a place for its gradient
-        inputs = u, delta, A, B, C, D, None, bias, grad.contiguous(), saved, None, None, softplus, False
+        inputs = u, delta, A, B, C, D, None, bias, grad, saved, None, None, softplus, False
         return list(importlib.import_module("selective_scan_cuda").bwd(*inputs)[:7])
     (b, d, _), (g, n), steps = u.shape, B.shape[1:3], _chunk_length(u, A.shape[1])
     du, ddelta, dB, dC = (x.new_empty(x.movedim(-1, 1).shape).movedim(1, -1) for x in (u, delta, B, C))
@@ -371,6 +371,7 @@ def _scan_setup(ctx, inputs, output):
 def _scan_grad(ctx, grad, *_):
     if grad is None:
         return (None,) * 10
+    grad = grad.contiguous() if ctx.kernel else grad  # out here, where torch.compile can fuse it
     return *_scan_backward(grad, *ctx.saved_tensors, ctx.softplus, ctx.kernel), None, None, None
 
 
@@ -434,13 +435,18 @@ def selective_scan(
 
     D, bias = (A.new_zeros(len(A)) if x is None else x for x in (D, delta_bias))
     A, D, bias = (x.to(dtype).contiguous() for x in (A, D, bias))  # the operators take the state's dtype from A
-    y_dtype, kernel = u.dtype, name == "kernel"
+    y_dtype, l, kernel = u.dtype, u.shape[2], name == "kernel"
     if kernel:
         widest = functools.reduce(torch.promote_types, (x.dtype for x in (u, delta, B, C)))
-        u, delta, B, C = (x.to(widest).contiguous() for x in (u, delta, B, C))
+        # it works in blocks of so many steps, and faster if the last one is full; a step of size 0 keeps the state
+        block = next((size for size in (128, 256, 512, 1024) if l <= size), 2048)
+        pad, zero = (0, -l % block if l > 64 else 0), -math.inf if delta_softplus else 0.0
+        values = zip((u, delta, B, C), (0.0, zero, 0.0, 0.0))
+        u, delta, B, C = (F.pad(x.to(widest), pad, value=v) if pad[1] else x.to(widest).contiguous() for x, v in values)
     inputs = u, delta, A, B, C, D, bias
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     y, h, _ = _scan(*inputs, delta_softplus, kernel, save)
+    y = y[:, :, :l]
     y = (y if z is None else y * F.silu(z)).to(y_dtype)
     return (y, h.detach()) if return_last_state else y
 
@@ -465,7 +471,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Args: x (b, l, d); weight (d, 1, k); bias (d,). Returns: (b, l, d) in x's dtype.
     """
     l, k = x.shape[1], weight.shape[2]
-    if x.is_cuda and 2 <= k <= 4 and x.shape[2] % 8 == 0 and x.dtype != torch.float64 and _conv_kernel():
+    fits = x.is_cuda and 2 <= k <= 4 and x.shape[2] % 8 == 0 and x.dtype != torch.float64
+    if fits and not torch.compiler.is_compiling() and _conv_kernel():  # the compiler fuses what is below
         return _conv_kernel()(x.mT, weight[:, 0].to(x.dtype), bias.to(x.dtype), activation="silu").mT
     # k shifted multiply-adds: on a CPU faster than F.conv1d, and no transposition
     padded, y = F.pad(x, (0, 0, k - 1, 0)).to(weight.dtype), bias

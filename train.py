@@ -601,9 +601,9 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
                 with autocast(args):
                     part = loss_of(net, images.to(torch.get_default_dtype()), labels) / args.accum
                 part.backward()
-                loss += part.item()
-            loss = sum_over_processes(loss).item() / PROCESSES
+                loss += part.detach()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf).item()
+            loss = sum_over_processes(loss.item()).item() / PROCESSES
             if not math.isfinite(loss + norm):
                 raise FloatingPointError(f"step {step}: loss {loss}, norm {norm}, lr {lr:.3g}; lower --base-lr")
             optimizer.step()

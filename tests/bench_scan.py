@@ -43,6 +43,8 @@ SHAPES = {  # images, directions, channels of each, tokens; 16 states per channe
     "S2": (64, 1, 192, 64),
     "S3": (4, 4, 768, 197),  # finetuning of base: four directions, 14 x 14 patches and a class token
     "S4": (2, 1, 768, 577),  # 384 pixels
+    "G1": (256, 1, 768, 128),  # S1 and S3 with as many images as a large GPU takes
+    "G2": (64, 4, 768, 197),
 }
 N = 16
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -15,7 +15,7 @@ blocks recomputed in the backward pass; one scan call per direction ("split"). A
 of the loss. x_first compares images/s. Memory is a step's peak: torch.cuda's, weights and optimiser included; on a CPU
 without what stays between steps. FLOP are counted from shapes, a multiply-add as two: matrix products, attention as if
 dense, patch embedding, the scan by the formula below; no other elementwise operation, nothing recomputed. --profile:
-the first row's operators by time of their own. --loader: see bench_loader.py. --cost: "measured" is one GPU's rate,
+the fastest row's operators by time of their own. --loader: see bench_loader.py. --cost: "measured" is one GPU's rate,
 hours follow from it; eight GPUs are assumed to be eight times as fast as one.
 """
 
@@ -118,8 +118,8 @@ def measure(stage: str, args) -> tuple[list[dict], list[dict]]:
             with train.autocast(recipe):
                 loss = loss_of(compiled if change == "compile" else model, images[:b], labels[:b])
             loss.backward()
-        value = loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf).item()
+        value = loss.item()
         optimizer.step()
         optimizer.zero_grad()
         if ema:
@@ -144,7 +144,8 @@ def measure(stage: str, args) -> tuple[list[dict], list[dict]]:
         rate = row["images_per_s"] = 1000 * row["batch"] / statistics.median(ms)
         row |= dict(x_first=rate / runs[0][0]["images_per_s"], ms=statistics.median(ms), min=min(ms), max=max(ms))
         row |= dict(gflop_per_image=gflop, tflop_per_s=rate * gflop / 1000)
-    return rows, operators(functools.partial(step, runs[0][0]), device) if args.profile and runs else []
+    fastest = max((row for row, _ in runs), key=lambda row: row["x_first"]) if args.profile and runs else None
+    return rows, operators(functools.partial(step, fastest), device) if fastest else []
 
 
 def operators(step, device: str) -> list[dict]:

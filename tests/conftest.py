@@ -32,3 +32,14 @@ def shared_data() -> Path:
         assert not named, f"ARMAMBA_SHARED names {named}, which is not a folder"
         pytest.skip("no reference files: set ARMAMBA_SHARED to their folder")
     return folder
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """For what must hold everywhere: the CPU, and with `-m gpu` a GPU."""
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        (pytest.fail if os.environ.get("ARMAMBA_REQUIRE_KERNEL") == "1" else pytest.skip)("no CUDA GPU")
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield request.param

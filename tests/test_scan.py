@@ -79,12 +79,16 @@ def run(scan, x, dtype=None, **options):
     return {"y": y} | dict(zip(x, torch.autograd.grad(y, list(x.values()), dy.to(y.dtype))))
 
 
+def doubles(x):
+    return {k: v.double() for k, v in x.items()}
+
+
 def oracle(x, softplus=True):
-    return run(loop_scan, {k: v.double() for k, v in x.items()}, x["u"].dtype, delta_softplus=softplus)
+    return run(loop_scan, doubles(x), x["u"].dtype, delta_softplus=softplus)
 
 
 def last_state(x):
-    return loop_scan(**{k: v.double() for k, v in x.items()}, delta_softplus=True)[1]
+    return loop_scan(**doubles(x), delta_softplus=True)[1]
 
 
 def error(got, want) -> float:
@@ -407,9 +411,9 @@ def pretend_gpu(monkeypatch, pretend_kernel):
 
 @pytest.mark.parametrize("dtype, bound", [(FP32, BOUND), (BF16, 2**-7), (FP16, 2**-10)])
 @pytest.mark.parametrize("g", [None, 4])
-@pytest.mark.parametrize("backend", ["kernel", "auto"])
-def test_kernel_plumbing(backend, g, dtype, bound, pretend_gpu):
-    x = make(l=37, g=g, dtype=dtype)
+@pytest.mark.parametrize("backend, l", [("kernel", 37), ("auto", 37), ("kernel", 65)])  # 65 steps are padded to 128
+def test_kernel_plumbing(backend, l, g, dtype, bound, pretend_gpu):
+    x = make(l=l, g=g, dtype=dtype)
     want = oracle(x)
     for autocast in (False, True):
         with torch.autocast("cpu", BF16, enabled=autocast):
@@ -430,8 +434,20 @@ def test_kernel_casts_mixed_types(pretend_gpu):
     check(got, oracle(x), bound=2**-7)
     h = scan(**x, return_last_state=True, backend="kernel")[1]
     assert error(h, last_state(x)) <= BOUND  # the one type is the widest
-    alone = make(l=37, softplus=False, dtype=BF16, leave_out=("D", "z", "delta_bias"))
-    check(run(selective_scan, alone, backend="kernel"), oracle(alone, softplus=False), bound=2**-7)
+    for l in (37, 65):
+        alone = make(l=l, softplus=False, dtype=BF16, leave_out=("D", "z", "delta_bias"))
+        check(run(selective_scan, alone, backend="kernel"), oracle(alone, softplus=False), bound=2**-7)
+        h, want = selective_scan(**alone, return_last_state=True, backend="kernel")[1], loop_scan(**doubles(alone))[1]
+        assert error(h, want) <= 2**-7
+
+
+@pytest.mark.parametrize(
+    "l, block", [(64, 64), (65, 128), (128, 128), (197, 256), (577, 1024), (1025, 2048), (2049, 4096)]
+)
+def test_kernel_gets_whole_blocks(l, block, pretend_gpu):
+    lengths, fwd = [], pretend_gpu.fwd
+    pretend_gpu.fwd = lambda u, *rest: lengths.append(u.shape[2]) or fwd(u, *rest)
+    assert scan(**make(b=1, d=2, n=2, l=l), backend="kernel").shape[2] == l and lengths[-1] == block
 
 
 def test_kernel_runs_the_mixer(pretend_gpu, monkeypatch):
@@ -539,6 +555,8 @@ def test_gpu_kernel(l, g, dtype, kernel):
     got, want = run(scan, x, backend="kernel"), oracle(x)
     both, bound = KERNEL[dtype]
     torch.testing.assert_close(got["y"].double(), want["y"], **both)
+    if l == 1:  # no state before the only step, so that A has no effect; the kernel's rounding remains
+        assert want.pop("A").abs().max() == 0 and got.pop("A").abs().max() < 1e-3
     check(got, want, bound, f"kernel, {dtype}, l {l}, g {g}")
     h = scan(**x, return_last_state=True, backend="kernel")[1]
     assert error(h, last_state(x)) <= bound

@@ -1035,3 +1035,53 @@ def test_a_study_runs_and_goes_on(study, monkeypatch):
     )
     assert study.run("default", "pretrained", 3) == pretrained  # from its folder, without another run
     assert pretrained["pretraining"]["loss"] > 0 and "pretraining" not in scratch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.fixture
+def cuda():
+    if not torch.cuda.is_available():
+        (pytest.fail if os.environ.get("ARMAMBA_REQUIRE_KERNEL") == "1" else pytest.skip)("no CUDA GPU")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [["--num-workers", 2], ["--compile"], ["--grad-checkpoint", "--accum", 2]])
+def test_scripts_on_a_gpu(flags, cuda):
+    """Both stages, with what runs there by default (bf16, the kernel if it is installed), against fp32 on the CPU."""
+    recipe = "--max-steps", 6, "--batch-size", 16 // (flags[-1] if "--accum" in flags else 1), *flags
+    results, losses = {}, {}
+    for device, more in {"cpu": ["--batch-size", 16, "--max-steps", 6, "--precision", "fp32"], "cuda": recipe}.items():
+        common = ["--device", device, *more]
+        train.main([*map(str, common), "--output-dir", device])
+        common += ["--no-compare", "--ema", 0.9, "--checkpoint", "cpu/last.pt", "--output-dir", f"{device}-ft"]
+        results[device] = finetune.main(list(map(str, common)))
+        losses[device] = [row[2] for folder in (device, f"{device}-ft") for row in log(folder)]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05)
+    assert losses["cuda"][::6] == pytest.approx(losses["cpu"][::6], rel=0.01)  # before the first update of each stage
+    assert results["cuda"]["machine"] == torch.cuda.get_device_name() and results["cuda"]["peak_memory_mib"] > 0
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_resumes_and_moves_to_a_cpu(cuda):
+    flags = ["--batch-size", "16", "--output-dir", "run", "--max-steps", "9"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train.Run, "due", lambda self, minutes: self.on_signal(signal.SIGTERM, None) or True)
+        train.main(flags)
+    assert len(log("run")) == 1
+    train.main([*flags, "--resume"])
+    assert len(log("run")) == 9
+    assert classify("--checkpoint", "run/last.pt", "--output-dir", "run-ft")["images"] > 0
+
+
+@pytest.mark.gpu
+def test_gpu_memory_that_runs_out_is_said(cuda):
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-3)
+    try:
+        with pytest.raises(SystemExit, match="out of GPU memory: lower --batch-size"):
+            train.run_script(lambda: train.main(["--variant", "base", "--max-steps", "2", "--output-dir", "run"]))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
