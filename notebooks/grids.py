@@ -15,14 +15,13 @@ BUDGETS = {100: 150, 1000: 300, 10000: 500}  # labels: finetuning steps; the pre
 # masked.py, in about the time of 28 of ARM's epochs
 QUARTER, HALF = "--visible 0.25 --epochs 56", "--visible 0.5 --epochs 42"
 
-# `length` and `size` ran before the present finetuning recipe was found, with the rates that were best in this one
-EARLIER = "--betas 0.9 0.999 --warmup-epochs 5"
+EARLIER = "--betas 0.9 0.999 --warmup-epochs 5"  # the recipe before the present one; `size` still has it
 # labels and finetuning steps: the default run has 100 and 150
 LENGTHS = {f"30 labels, {steps} steps": f"--labels 30 --max-steps {steps}" for steps in (150, 300, 600)}
 LENGTHS |= {"100 labels, 150 steps": "", "100 labels, 300 steps": "--max-steps 300"}
 LENGTHS |= {"100 labels, 600 steps": "--max-steps 600"}
 LONGER = "100 labels, 150 steps", "100 labels, 600 steps", "30 labels, 600 steps"  # also after longer pretraining
-# size: flags of the model, rates of finetuning it and of training it from scratch, those that `size-tune` found best
+# size: flags of the model, and the rates that `size-tune` found best for finetuning it and for training it from scratch
 SIZES = {
     "width 32": ("--d-model 32", "1.6e-1", "8e-2"),
     "width 64": ("", "8e-2", "4e-2"),
@@ -43,9 +42,9 @@ def sides(kind: str, model: str, finetuning: str) -> dict:
     return {f"{kind}pretrained": (model, finetuning), f"{kind}from scratch": (None, f"{model} {finetuning}".strip())}
 
 
-def both(kind: str, model: str, finetuning: str, *lrs: str) -> dict:
+def both(kind: str, model: str, *lrs: str) -> dict:
     """The two sides with the earlier recipe, each at a learning rate of its own."""
-    rows = sides(f"{kind}: ", model, f"{finetuning} {EARLIER}".strip())
+    rows = sides(f"{kind}: ", model, EARLIER)
     return {row: (pre, f"{flags} --base-lr {lr}") for (row, (pre, flags)), lr in zip(rows.items(), lrs, strict=True)}
 
 
@@ -131,12 +130,10 @@ STUDIES = {
             if model
         },
     ),
-    "size": {row: flags for size, (model, *lr) in SIZES.items() for row, flags in both(size, model, "", *lr).items()},
-    "length": {
-        row: flags for kind, words in LENGTHS.items() for row, flags in both(kind, "", words, "8e-2", "4e-2").items()
-    }
+    "size": {row: flags for size, (model, *lr) in SIZES.items() for row, flags in both(size, model, *lr).items()},
+    "length": {row: flags for kind, words in LENGTHS.items() for row, flags in sides(f"{kind}: ", "", words).items()}
     | {
-        f"{kind}: pretrained {words}": (pre, f"{LENGTHS[kind]} {EARLIER} --base-lr 8e-2".strip())
+        f"{kind}: pretrained {words}": (pre, LENGTHS[kind])
         for kind, words, pre in (
             ("100 labels, 150 steps", "a quarter as long", "--epochs 7"),
             *((kind, "four times as long", "--epochs 112") for kind in LONGER),

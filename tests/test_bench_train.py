@@ -2,8 +2,11 @@
 
 import json
 import math
+import re
 from collections import Counter
+from pathlib import Path
 
+import bench_scan
 import bench_train  # first, for the reason it gives
 import pytest
 import torch
@@ -13,6 +16,7 @@ import armamba
 import finetune
 import train
 
+DATA = Path(__file__).parent / "data"
 DOCUMENTED = {"base": 76, "large": 233, "huge": 506}  # GFLOP per image of pretraining: 6 per multiply-add forward
 
 
@@ -123,6 +127,19 @@ def test_loader(monkeypatch, tmp_path):
         assert 0 < row["min"] <= row["images_per_s"] <= row["max"] < math.inf and 80 < row["kilobytes"] < 140
     for row in rows[::2]:
         assert row["cores_for_4000"] == math.ceil(4000 / row["images_per_s"]) >= row["cores_for_100"] >= 1
+
+
+def test_the_readmes_gpu_tables_are_those_of_the_results(tmp_path):
+    readme = Path(bench_train.__file__).parents[1].joinpath("README.md").read_text()
+    rows = run(tmp_path, "--cost", "300", *map(str, sorted(DATA.glob("h200/*.json"))))["cost"]
+    lines = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+    assert len(rows) == 6 and all(f"| {' | '.join(line)} |\n" in readme for line in lines)
+    steps = [row for path in DATA.glob("h200/base*.json") for row in json.loads(path.read_text())["steps"]]
+    rates = [f"{row['images_per_s']:.0f}" for row in steps if (row["scan"], row["change"]) != ("torch", "split")]
+    assert len(rates) == 9 and all(re.search(rf"\b{rate}\b.* \(128|\b{rate} \(256", readme) for rate in rates)
+    scans = json.loads((DATA / "h200_scan.json").read_text())["scans"]
+    scans.sort(key=lambda row: list(bench_scan.SHAPES).index(row["shape"]))
+    assert bench_scan.summary(scans) in readme
 
 
 def test_cost(tmp_path):
