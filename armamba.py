@@ -438,11 +438,10 @@ def selective_scan(
     y_dtype, l, kernel = u.dtype, u.shape[2], name == "kernel"
     if kernel:
         widest = functools.reduce(torch.promote_types, (x.dtype for x in (u, delta, B, C)))
-        # it works in blocks of so many steps, and faster if the last one is full; a step of size 0 keeps the state
+        # it works in blocks of so many steps, and faster where the last one is full; what the padding gives is cut off
         block = next((size for size in (128, 256, 512, 1024) if l <= size), 2048)
-        pad, zero = (0, -l % block if l > 64 else 0), -math.inf if delta_softplus else 0.0
-        values = zip((u, delta, B, C), (0.0, zero, 0.0, 0.0))
-        u, delta, B, C = (F.pad(x.to(widest), pad, value=v) if pad[1] else x.to(widest).contiguous() for x, v in values)
+        pad = 0 if return_last_state or l <= 64 else -l % block
+        u, delta, B, C = ((F.pad(x, (0, pad)) if pad else x).to(widest).contiguous() for x in (u, delta, B, C))
     inputs = u, delta, A, B, C, D, bias
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     y, h, _ = _scan(*inputs, delta_softplus, kernel, save)
