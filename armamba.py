@@ -438,9 +438,9 @@ def selective_scan(
     y_dtype, l, kernel = u.dtype, u.shape[2], name == "kernel"
     if kernel:
         widest = functools.reduce(torch.promote_types, (x.dtype for x in (u, delta, B, C)))
-        # it works in blocks of so many steps, and faster where the last one is full; what the padding gives is cut off
+        # it works in blocks of so many steps, faster if the last is full; padding is cut off y, but would age the state
         block = next((size for size in (128, 256, 512, 1024) if l <= size), 2048)
-        pad = 0 if return_last_state or l <= 64 else -l % block
+        pad = 0 if return_last_state or l <= 64 else -l % block  # never more than doubles the memory
         u, delta, B, C = ((F.pad(x, (0, pad)) if pad else x).to(widest).contiguous() for x in (u, delta, B, C))
     inputs = u, delta, A, B, C, D, bias
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
@@ -453,7 +453,7 @@ def selective_scan(
 # --- Mixer and block --------------------------------------------------------------------------------------------------
 
 
-@_once
+@functools.cache
 def _conv_kernel():
     """The causal-conv1d package's function, or None if it is not there or does not work."""
     try:

@@ -603,7 +603,7 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
                 part.backward()
                 loss += part.detach()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf).item()
-            loss = sum_over_processes(loss.item()).item() / PROCESSES
+            loss = sum_over_processes(loss.item()).item() / PROCESSES  # a number first: MPS has no fp64
             if not math.isfinite(loss + norm):
                 raise FloatingPointError(f"step {step}: loss {loss}, norm {norm}, lr {lr:.3g}; lower --base-lr")
             optimizer.step()

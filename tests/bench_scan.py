@@ -343,7 +343,7 @@ def summary(rows) -> str:
     lines += ["|---" * (len(cases) + 1) + "|"]
     for name in dict.fromkeys(row["name"] for row in rows if "both" in row):
         found = {(row["shape"], row["layout"]): row["both"] for row in rows if row["name"] == name}
-        cells = [f"{x['median']:.0f} ms, {x['over_ours']:.3g}x" if (x := found.get(case)) else "" for case in cases]
+        cells = [f"{x['median']:.1f} ms, {x['over_ours']:.3g}x" if (x := found.get(case)) else "" for case in cases]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

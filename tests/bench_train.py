@@ -98,7 +98,7 @@ def split(scan, *x, D, delta_bias, **flags):
 
 
 def measure(stage: str, args) -> tuple[list[dict], list[dict]]:
-    """A row for each way to run the step, and the first one's profile if asked for."""
+    """A row for each way to run the step, and the fastest one's profile if asked for."""
     size, device, gflop = max(args.batch_size), args.device, flops(args.variant, stage) / 1e9
     flags = ["--device", device, "--precision", args.dtype, "--batch-size", size, "--threads", args.threads]
     recipe, model, loss_of, optimizer, ema = prepared(stage, args.variant, *flags)

@@ -34,12 +34,24 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request) -> str:
-    """For what must hold everywhere: the CPU, and with `-m gpu` a GPU."""
+def have(found: bool, reason: str) -> None:
+    """Skip, or with ARMAMBA_REQUIRE_KERNEL=1 fail, where something for GPUs is not there."""
+    if not found:
+        (pytest.fail if os.environ.get("ARMAMBA_REQUIRE_KERNEL") == "1" else pytest.skip)(reason)
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> str:
+    """A GPU, with products in full fp32."""
     import torch
 
-    if request.param == "cuda" and not torch.cuda.is_available():
-        (pytest.fail if os.environ.get("ARMAMBA_REQUIRE_KERNEL") == "1" else pytest.skip)("no CUDA GPU")
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        yield request.param
+    have(torch.cuda.is_available(), "no CUDA GPU")
+    for part in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(part, "allow_tf32", False)
+    return "cuda"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """For what must hold on the CPU and on a GPU."""
+    return request.param if request.param == "cpu" else request.getfixturevalue("cuda")
