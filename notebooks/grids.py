@@ -160,6 +160,12 @@ EVIDENCE = (
         for n in BUDGETS
     ),
     *(("Only a head start?", "length", f"{kind}: {PRETRAINED}", f"{kind}: from scratch") for kind in LONGER[1:]),
+    (
+        "Does longer pretraining help?",
+        "length",
+        f"{LONGER[0]}: {PRETRAINED}",
+        f"{LONGER[0]}: {PRETRAINED} a quarter as long",
+    ),
     *(
         ("Does longer pretraining help?", "length", f"{kind}: {PRETRAINED} four times as long", f"{kind}: {row}")
         for kind in LONGER
