@@ -159,6 +159,7 @@ EVIDENCE = (
         for question, row in (("On other images?", SCRATCH), ("On other images, at equal total time?", LONG))
         for n in BUDGETS
     ),
+    ("With fewer labels?", "length", *(f"30 labels, 150 steps: {row}" for row in (PRETRAINED, "from scratch"))),
     *(("Only a head start?", "length", f"{kind}: {PRETRAINED}", f"{kind}: from scratch") for kind in LONGER[1:]),
     (
         "Does longer pretraining help?",
