@@ -236,6 +236,14 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone():
     assert torch.equal(some[2, 1][0], first)  # by image, not by its place in a selection
 
 
+def test_accumulation_logs_the_loss_and_gradient_of_the_whole_batch():
+    for run, size, accum in (("whole", 16, 1), ("parts", 4, 4)):
+        pretrain("--batch-size", size, "--accum", accum, "--output-dir", run)
+    whole, parts = ([row[2:] for row in log(run)] for run in ("whole", "parts"))  # loss, rate, gradient norm
+    for ours, theirs in zip(parts, whole, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_do_not_depend_on_workers_or_accumulation(workers):
     args = train.pretraining_arguments(["--batch-size", "8", "--num-workers", str(workers)])
