@@ -15,19 +15,17 @@ BUDGETS = {100: 150, 1000: 300, 10000: 500}  # labels: finetuning steps; the pre
 # masked.py, in about the time of 28 of ARM's epochs
 QUARTER, HALF = "--visible 0.25 --epochs 56", "--visible 0.5 --epochs 42"
 
-EARLIER = "--betas 0.9 0.999 --warmup-epochs 5"  # the recipe before the present one; `size` still has it
 # labels and finetuning steps: the default run has 100 and 150
-LENGTHS = {f"30 labels, {steps} steps": f"--labels 30 --max-steps {steps}" for steps in (150, 300, 600)}
-LENGTHS |= {"100 labels, 150 steps": "", "100 labels, 300 steps": "--max-steps 300"}
-LENGTHS |= {"100 labels, 600 steps": "--max-steps 600"}
-LONGER = "100 labels, 150 steps", "100 labels, 600 steps", "30 labels, 600 steps"  # also after longer pretraining
-# size: flags of the model, and the rates that `size-tune` found best for finetuning it and for training it from scratch
+LENGTHS = {f"100 labels, {steps} steps": f"--max-steps {steps}" for steps in (300, 600)}
+LENGTHS = {"100 labels, 150 steps": ""} | LENGTHS | {"30 labels, 150 steps": "--labels 30"}
+LONGER = "100 labels, 150 steps", "100 labels, 300 steps"  # also after longer pretraining
+# size: flags of the model, and of its two sides: the rates that `size-tune` found best for them, if not the default's
 SIZES = {
-    "width 32": ("--d-model 32", "1.6e-1", "8e-2"),
-    "width 64": ("", "8e-2", "4e-2"),
-    "width 128": ("--d-model 128", "8e-2", "4e-2"),
-    "depth 2": ("--depth 2", "8e-2", "8e-2"),
-    "depth 8": ("--depth 8", "1.6e-1", "4e-2"),
+    "width 32": ("--d-model 32", "--base-lr 1.6e-1", ""),
+    "width 64": ("", "", ""),
+    "width 128": ("--d-model 128", "", "--base-lr 4e-2"),
+    "depth 2": ("--depth 2", "", ""),
+    "depth 8": ("--depth 8", "", "--base-lr 4e-2"),
 }
 
 
@@ -42,26 +40,21 @@ def sides(kind: str, model: str, finetuning: str) -> dict:
     return {f"{kind}pretrained": (model, finetuning), f"{kind}from scratch": (None, f"{model} {finetuning}".strip())}
 
 
-def both(kind: str, model: str, *lrs: str) -> dict:
-    """The two sides with the earlier recipe, each at a learning rate of its own."""
-    rows = sides(f"{kind}: ", model, EARLIER)
-    return {row: (pre, f"{flags} --base-lr {lr}") for (row, (pre, flags)), lr in zip(rows.items(), lrs, strict=True)}
-
-
 STUDIES = {
-    "tune": rates("4e-2", "8e-2", "1.6e-1", "3.2e-1", **sides("present recipe, ", "", HELD))
-    | rates("4e-2", "8e-2", **sides("short warm-up, ", "", f"{HELD} --warmup-epochs 5"))
-    | rates("2e-2", "4e-2", "8e-2", "1.6e-1", **sides("earlier recipe, ", "", f"{HELD} {EARLIER}")),
+    "tune": rates("4e-2", "8e-2", "1.6e-1", "3.2e-1", **sides("", "", HELD))
+    | rates("4e-2", "8e-2", **sides("short warm-up, ", "", f"{HELD} --warmup-epochs 5")),
     "default": {
         "pretrained": ("", ""),
         "from scratch, same finetuning": (None, ""),
+        "from scratch, four directions": (None, "--directions 4"),
         "nearest neighbours on pixels": (None, "--probe pixels"),
         "logistic regression on pixels": (None, "--probe pixels"),
-        "from scratch, the time of both stages": (None, "--max-steps 915"),  # 1260 * 0.085 s / 0.14 s + 150
+        "from scratch, the time of both stages": (None, "--max-steps 1700"),  # 1260 * 0.091 s / 0.073 s + 150
         "twice the finetuning: pretrained": ("", "--max-steps 300"),
         "twice the finetuning: from scratch": (None, "--max-steps 300"),
-        "earlier recipe: pretrained": ("", f"{EARLIER} --base-lr 8e-2"),
-        "earlier recipe: from scratch": (None, f"{EARLIER} --base-lr 4e-2"),
+        "four directions: pretrained": ("", "--directions 4"),
+        "four directions: from scratch, same finetuning": (None, "--directions 4"),
+        "four directions: from scratch, the time of both stages": (None, "--directions 4 --max-steps 915"),
     },
     "fashion-tune": rates(
         "1e-2", "2e-2", "4e-2", pretrained=(FASHION, FASHION_HELD), from_scratch=(None, FASHION_HELD)
@@ -92,22 +85,20 @@ STUDIES = {
         "decoder of one block": ("--decoder-depth 1", ""),
         "decoder half as wide": ("--decoder-dim 32", ""),
     }
-    | {f"patches of 3 pixels: clusters of {s}x{s}": (f"--patch-size 3 --cluster-size {s}", "") for s in (2, 4)}
-    | {
-        f"earlier recipe: clusters of {s}x{s}": (pre, f"{EARLIER} --base-lr 8e-2")
-        for s, pre in ((2, ""), (1, "--cluster-size 1"))
-    },
+    | {f"patches of 3 pixels: clusters of {s}x{s}": (f"--patch-size 3 --cluster-size {s}", "") for s in (2, 4)},
     "order": {order: (f"--order {order}" if order != "row" else "", "") for order in ORDERS},
-    "directions-tune": rates("4e-2", "8e-2", "1.6e-1", **sides("one direction, ", "", f"{HELD} --directions 1")),
+    "directions-tune": rates(
+        *("4e-2", "8e-2", "1.6e-1", "3.2e-1"), **sides("four directions, ", "", f"{HELD} --directions 4")
+    ),
     "directions": {
-        "pretrained: four directions, copied": ("", ""),
-        "pretrained: four directions, three of them fresh": ("", "--fresh-directions"),
-        "pretrained: one direction": ("", "--directions 1"),
-        "from scratch: four directions": (None, ""),
-        "from scratch: one direction": (None, "--directions 1"),
+        "pretrained: one direction": ("", ""),
+        "pretrained: four directions, copied": ("", "--directions 4"),
+        "pretrained: four directions, three of them fresh": ("", "--directions 4 --fresh-directions"),
+        "from scratch: one direction": (None, ""),
+        "from scratch: four directions": (None, "--directions 4"),
     },
-    "masked-tune": {  # four settings each
-        f"{name}, base lr {x}": (f"{pre} --base-lr {x}".strip(), HELD)
+    "masked-tune": {  # four settings each, finetuned with four directions
+        f"{name}, base lr {x}": (f"{pre} --base-lr {x}".strip(), f"{HELD} --directions 4")
         for name, pre, values in (
             ("autoregressive", "", ("1.2e-2", "2.4e-2", "4.8e-2", "9.6e-2")),
             ("masked, a quarter visible", QUARTER, ("1.2e-2", "2.4e-2", "4.8e-2")),
@@ -122,15 +113,19 @@ STUDIES = {
         "from scratch": (None, ""),
     },
     "size-tune": rates(
-        *("2e-2", "4e-2", "8e-2", "1.6e-1"),
+        *("4e-2", "8e-2", "1.6e-1", "3.2e-1"),
         **{
             side: flags
             for size, (model, *_) in SIZES.items()
-            for side, flags in sides(f"{size}, ", model, f"{HELD} {EARLIER}").items()
+            for side, flags in sides(f"{size}, ", model, HELD).items()
             if model
         },
     ),
-    "size": {row: flags for size, (model, *lr) in SIZES.items() for row, flags in both(size, model, *lr).items()},
+    "size": {
+        row: (pre, f"{finetuning} {rate}".strip())
+        for size, (model, *own) in SIZES.items()
+        for (row, (pre, finetuning)), rate in zip(sides(f"{size}: ", model, "").items(), own, strict=True)
+    },
     "length": {row: flags for kind, words in LENGTHS.items() for row, flags in sides(f"{kind}: ", "", words).items()}
     | {
         f"{kind}: pretrained {words}": (pre, LENGTHS[kind])
@@ -143,29 +138,32 @@ STUDIES = {
 
 # question, study, and the two rows whose difference answers it
 PRETRAINED, SCRATCH, LONG = "pretrained", "from scratch, same finetuning", "from scratch, the time of both stages"
-FOUR = "four directions, copied"
+FOUR = "four directions: "
 EVIDENCE = (
     ("Ahead at equal finetuning?", "default", PRETRAINED, SCRATCH),
+    ("Ahead at equal finetuning?", "default", PRETRAINED, "from scratch, four directions"),
+    ("Ahead at equal total time?", "default", PRETRAINED, LONG),
     (
         "With twice the finetuning?",
         "default",
-        f"twice the finetuning: {PRETRAINED}",
-        "twice the finetuning: from scratch",
+        *(f"twice the finetuning: {row}" for row in (PRETRAINED, "from scratch")),
     ),
-    ("With another recipe?", "default", f"earlier recipe: {PRETRAINED}", "earlier recipe: from scratch"),
-    ("Ahead at equal total time?", "default", PRETRAINED, LONG),
+    *(("With four directions?", "default", FOUR + PRETRAINED, FOUR + row) for row in (SCRATCH, LONG)),
     *(
         (question, "fashion", f"{n} labels: {PRETRAINED}", f"{n} labels: {row}")
         for question, row in (("On other images?", SCRATCH), ("On other images, at equal total time?", LONG))
         for n in BUDGETS
     ),
     ("With fewer labels?", "length", *(f"30 labels, 150 steps: {row}" for row in (PRETRAINED, "from scratch"))),
-    *(("Only a head start?", "length", f"{kind}: {PRETRAINED}", f"{kind}: from scratch") for kind in LONGER[1:]),
-    (
-        "Does longer pretraining help?",
-        "length",
-        f"{LONGER[0]}: {PRETRAINED}",
-        f"{LONGER[0]}: {PRETRAINED} a quarter as long",
+    ("Only a head start?", "length", *(f"100 labels, 600 steps: {row}" for row in (PRETRAINED, "from scratch"))),
+    *(
+        (
+            "Does longer pretraining help?",
+            "length",
+            f"{LONGER[0]}: {PRETRAINED} a quarter as long",
+            f"{LONGER[0]}: {row}",
+        )
+        for row in (PRETRAINED, "from scratch")
     ),
     *(
         ("Does longer pretraining help?", "length", f"{kind}: {PRETRAINED} four times as long", f"{kind}: {row}")
@@ -174,11 +172,8 @@ EVIDENCE = (
     ),
     *(
         ("Frozen features?", "frozen", f"{kind}: {PRETRAINED}", f"{kind}: {row}")
-        for kind, row in (
-            ("linear classifier", "random"),
-            ("nearest neighbours", "random"),
-            ("nearest neighbours", "pixels"),
-        )
+        for kind in ("linear classifier", "nearest neighbours")
+        for row in ("random", "pixels")
     ),
     *(
         (question, study, list(STUDIES[study])[0], row)
@@ -195,17 +190,15 @@ EVIDENCE = (
         }.items()
         for row, question in questions.items()
     ),
-    ("Cluster or patch?", "unit", *(f"earlier recipe: clusters of {s}x{s}" for s in (2, 1))),
     ("Larger clusters?", "unit", *(f"patches of 3 pixels: clusters of {s}x{s}" for s in (2, 4))),
-    ("Four directions?", "directions", f"pretrained: {FOUR}", "pretrained: one direction"),
-    ("Four directions?", "directions", "from scratch: four directions", "from scratch: one direction"),
-    ("Ahead with one direction?", "directions", "pretrained: one direction", "from scratch: one direction"),
-    ("Ahead with one direction?", "directions", "pretrained: one direction", "from scratch: four directions"),
+    *(
+        ("Four directions?", "directions", f"{side}: one direction", f"{side}: {four}")
+        for side, four in (("pretrained", "four directions, copied"), ("from scratch", "four directions"))
+    ),
     (
         "Copies or fresh starts?",
         "directions",
-        f"pretrained: {FOUR}",
-        "pretrained: four directions, three of them fresh",
+        *(f"pretrained: four directions, {start}" for start in ("copied", "three of them fresh")),
     ),
     *(("Do larger models need it more?", "size", f"{x}: {PRETRAINED}", f"{x}: from scratch") for x in SIZES),
 )

@@ -292,7 +292,8 @@ def test_storage_that_fails_is_no_broken_image(monkeypatch):
 def test_killed_thirty_times_it_ends_the_same(capsys):
     """At random moments, and every second time while a checkpoint is being written."""
     flags = [*TINY, "--max-steps", 120, "--batch-size", 8, "--accum", 2, "--save-every", 0, "--num-workers", 1]
-    flags += "--from-scratch --no-compare --ema 0.9 --mixup 0.8 --cutmix 1 --drop-path 0.2 --erasing 0.3".split()
+    flags += "--from-scratch --no-compare --directions 4 --ema 0.9 --mixup 0.8 --cutmix 1".split()
+    flags += "--drop-path 0.2 --erasing 0.3".split()
     script("finetune.py", *flags, "--output-dir", "whole")
     command = [sys.executable, ROOT / "finetune.py", *flags, "--output-dir", "parts", "--resume"]
     rng, steps, written = np.random.default_rng(0), [], 0
