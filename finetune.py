@@ -130,9 +130,8 @@ def build_model(args: argparse.Namespace, checkpoint: dict | None, mode: str, cl
             raise ValueError(f"{args.checkpoint} has no {args.weights}: leave --weights out")
         model.load_state_dict(checkpoint[args.weights])
     if args.fresh_directions and not (isinstance(model, ARM) and args.directions == 4):
-        raise ValueError(
-            "--fresh-directions, three beside a pretrained one, need --directions 4 and a pretrained model"
-        )
+        found = f"--directions {args.directions} and {args.checkpoint}"
+        raise ValueError(f"--fresh-directions with {found}: they need --directions 4 and a pretrained model, give both")
     if isinstance(model, ARM):
         if args.eval:
             raise ValueError(f"{args.checkpoint} is a pretrained model without a head: finetune it before --eval")

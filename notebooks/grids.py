@@ -16,8 +16,8 @@ BUDGETS = {100: 150, 1000: 300, 10000: 500}  # labels: finetuning steps; the pre
 QUARTER, HALF = "--visible 0.25 --epochs 56", "--visible 0.5 --epochs 42"
 
 # labels and finetuning steps: the default run has 100 and 150
-LENGTHS = {f"100 labels, {steps} steps": f"--max-steps {steps}" for steps in (300, 600)}
-LENGTHS = {"100 labels, 150 steps": ""} | LENGTHS | {"30 labels, 150 steps": "--labels 30"}
+LENGTHS = {"100 labels, 150 steps": "", "100 labels, 300 steps": "--max-steps 300"}
+LENGTHS |= {"100 labels, 600 steps": "--max-steps 600", "30 labels, 150 steps": "--labels 30"}
 LONGER = "100 labels, 150 steps", "100 labels, 300 steps"  # also after longer pretraining
 # size: flags of the model, and of its two sides: the rates that `size-tune` found best for them, if not the default's
 SIZES = {
