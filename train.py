@@ -196,7 +196,7 @@ def load_images(args: argparse.Namespace, train: bool) -> Dataset:
     root = Path(args.data or "data")
     if args.preset == "digits":
         data = Digits(train)
-    elif args.preset in ("fashion-mnist", "cifar10"):
+    elif args.preset in ("fashion-mnist", "cifar10") and not (args.data and (root / "train").is_dir()):  # not exported
         kind = datasets.CIFAR10 if args.preset == "cifar10" else datasets.FashionMNIST
         for turn in (True, False):  # the first process of each machine downloads, then the others read
             if turn == (os.environ.get("LOCAL_RANK", "0") == "0"):

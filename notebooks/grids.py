@@ -7,13 +7,30 @@ rates for the others, on held-out training images. EVIDENCE lists the comparison
 
 from armamba import ORDERS
 
+PRETRAINED, SCRATCH, LONG = "pretrained", "from scratch, same finetuning", "from scratch, the time of both stages"
 HELD = "--holdout 300"
 # Fashion-MNIST: 10,000 images with labels, or some of them, and 60,000 without; 2,000 others to choose rates
 FASHION = "--preset fashion-mnist"
 FASHION_HELD = f"{FASHION} --labels 1000 --max-steps 300 --holdout 2000"
 BUDGETS = {100: 150, 1000: 300, 10000: 500}  # labels: finetuning steps; the pretraining takes the time of 450 more
+# CIFAR-10, all of it: for a GPU. 10 epochs, 7,810 steps with one direction, are taken for 5,200 with four
+CIFAR = "--preset cifar10"
+CIFAR_HELD = f"{CIFAR} --labels 5000 --max-steps 1000 --holdout 5000"
+CIFAR_BUDGETS = {500: 500, 5000: 1000, 50000: 4000}
 # masked.py, in about the time of 28 of ARM's epochs
 QUARTER, HALF = "--visible 0.25 --epochs 56", "--visible 0.5 --epochs 42"
+
+RATES = "4e-2", "8e-2", "1.6e-1", "3.2e-1"  # of finetuning
+
+# what a prediction is, and who makes it, other than the default
+UNITS = {
+    "clusters of 1x1": "--cluster-size 1",
+    "clusters of 3x3": "--cluster-size 3",
+    "pixels not normalised": "--no-norm-pix",
+    "decoder of one block": "--decoder-depth 1",
+    "decoder half as wide": "--decoder-dim 32",
+}
+UNITS |= {f"patches of 3 pixels: clusters of {s}x{s}": f"--patch-size 3 --cluster-size {s}" for s in (2, 4)}
 
 # labels and finetuning steps: the default run has 100 and 150
 LENGTHS = {"100 labels, 150 steps": "", "100 labels, 300 steps": "--max-steps 300"}
@@ -40,8 +57,17 @@ def sides(kind: str, model: str, finetuning: str) -> dict:
     return {f"{kind}pretrained": (model, finetuning), f"{kind}from scratch": (None, f"{model} {finetuning}".strip())}
 
 
+def by_labels(model: str, finetuning: str, budgets: dict[int, int], more: int) -> dict:
+    """Both sides with some and with all labels, and from scratch with the steps that the pretraining's time allows."""
+    return {
+        f"{n} labels: {name}": (pre, f"{finetuning} --labels {n} --max-steps {steps + extra}")
+        for n, steps in budgets.items()
+        for name, pre, extra in ((PRETRAINED, model, 0), (SCRATCH, None, 0), (LONG, None, more))
+    }
+
+
 STUDIES = {
-    "tune": rates("4e-2", "8e-2", "1.6e-1", "3.2e-1", **sides("", "", HELD))
+    "tune": rates(*RATES, **sides("", "", HELD))
     | rates("4e-2", "8e-2", **sides("short warm-up, ", "", f"{HELD} --warmup-epochs 5")),
     "default": {
         "pretrained": ("", ""),
@@ -59,15 +85,11 @@ STUDIES = {
     "fashion-tune": rates(
         "1e-2", "2e-2", "4e-2", pretrained=(FASHION, FASHION_HELD), from_scratch=(None, FASHION_HELD)
     ),
-    "fashion": {
-        f"{n} labels: {name}": (pre, f"{FASHION} --labels {n} --max-steps {steps + more}")
-        for n, steps in BUDGETS.items()
-        for name, pre, more in (
-            ("pretrained", FASHION, 0),
-            ("from scratch, same finetuning", None, 0),
-            ("from scratch, the time of both stages", None, 450),
-        )
-    },
+    "fashion": by_labels(FASHION, FASHION, BUDGETS, 450),
+    "cifar10-tune": rates(
+        "2e-3", "4e-3", "8e-3", pretrained=(f"{CIFAR} --epochs 10", CIFAR_HELD), from_scratch=(None, CIFAR_HELD)
+    ),
+    "cifar10": by_labels(f"{CIFAR} --epochs 10", CIFAR, CIFAR_BUDGETS, 5200),
     "frozen": {
         f"{kind}: {name}": (pre, f"--probe {what}")
         for kind in ("nearest neighbours", "linear classifier")
@@ -77,19 +99,12 @@ STUDIES = {
             ("pixels", None, "pixels"),
         )
     },
-    "unit": {
-        "clusters of 2x2 patches, pixels normalised": ("", ""),
-        "clusters of 1x1": ("--cluster-size 1", ""),
-        "clusters of 3x3": ("--cluster-size 3", ""),
-        "pixels not normalised": ("--no-norm-pix", ""),
-        "decoder of one block": ("--decoder-depth 1", ""),
-        "decoder half as wide": ("--decoder-dim 32", ""),
-    }
-    | {f"patches of 3 pixels: clusters of {s}x{s}": (f"--patch-size 3 --cluster-size {s}", "") for s in (2, 4)},
+    "unit-tune": rates(*RATES, **{row: (flags, HELD) for row, flags in UNITS.items()}),
+    "unit": {"clusters of 2x2 patches, pixels normalised": ("", "")}
+    | {row: (flags, "") for row, flags in UNITS.items()},
+    "order-tune": rates(*RATES, **{order: (f"--order {order}", HELD) for order in ORDERS[1:]}),
     "order": {order: (f"--order {order}" if order != "row" else "", "") for order in ORDERS},
-    "directions-tune": rates(
-        *("4e-2", "8e-2", "1.6e-1", "3.2e-1"), **sides("four directions, ", "", f"{HELD} --directions 4")
-    ),
+    "directions-tune": rates(*RATES, **sides("four directions, ", "", f"{HELD} --directions 4")),
     "directions": {
         "pretrained: one direction": ("", ""),
         "pretrained: four directions, copied": ("", "--directions 4"),
@@ -97,15 +112,16 @@ STUDIES = {
         "from scratch: one direction": (None, ""),
         "from scratch: four directions": (None, "--directions 4"),
     },
-    "masked-tune": {  # four settings each, finetuned with four directions
-        f"{name}, base lr {x}": (f"{pre} --base-lr {x}".strip(), f"{HELD} --directions 4")
+    "masked-tune": {  # first the pretraining's rate, four settings for each side, then the finetuning's
+        f"{name}, base lr {x}": (f"{pre} --base-lr {x}".strip(), HELD)
         for name, pre, values in (
             ("autoregressive", "", ("1.2e-2", "2.4e-2", "4.8e-2", "9.6e-2")),
             ("masked, a quarter visible", QUARTER, ("1.2e-2", "2.4e-2", "4.8e-2")),
             ("masked, half visible", HALF, ("4.8e-2",)),
         )
         for x in values
-    },
+    }
+    | rates("4e-2", "1.6e-1", "3.2e-1", masked_finetuned=(f"{QUARTER} --base-lr 2.4e-2", HELD)),
     "masked": {
         "autoregressive": ("", ""),
         "masked, equal time": (f"{QUARTER} --base-lr 2.4e-2", ""),
@@ -113,7 +129,7 @@ STUDIES = {
         "from scratch": (None, ""),
     },
     "size-tune": rates(
-        *("4e-2", "8e-2", "1.6e-1", "3.2e-1"),
+        *RATES,
         **{
             side: flags
             for size, (model, *_) in SIZES.items()
@@ -137,7 +153,6 @@ STUDIES = {
 }
 
 # question, study, and the two rows whose difference answers it
-PRETRAINED, SCRATCH, LONG = "pretrained", "from scratch, same finetuning", "from scratch, the time of both stages"
 FOUR = "four directions: "
 EVIDENCE = (
     ("Ahead at equal finetuning?", "default", PRETRAINED, SCRATCH),

@@ -43,7 +43,7 @@ def run(study: str, row: str, seed: int, *data) -> dict:
         name, first = f"finetune pretrained {pretraining}", folder(f"pretrain {pretraining}")
         objective = "notebooks/masked.py" if "--visible" in pretraining else "train.py"
         before = script(objective, first, *pretraining.split(), *common)
-        results["pretraining"] = {key: before[key] for key in ("loss", "seconds", "peak_memory_mib")}
+        results["pretraining"] = {key: before[key] for key in ("loss", "seconds", "peak_memory_mib", "args")}
         start = ["--checkpoint", first / "last.pt"]
     flags = ["--no-compare", *start, *finetuning.split(), *common]
     return script("finetune.py", folder(f"{name} {finetuning}"), *flags) | results

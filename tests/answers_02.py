@@ -12,9 +12,10 @@ def discretise(delta, A, B):
     return decay, (decay - 1) / A * B, delta * B
 
 
-def recurrence(h, u, delta, A, B, C, sign=1.0, scale=True, late=False, decays=True):
+def recurrence(h, u, delta, A, B, C, sign=1.0, scale=True, late=False, decays=True, held=False):
     decay = torch.exp(sign * delta[..., None] * A) if decays else 1.0
-    new = decay * h + ((delta if scale else 1.0) * u)[..., None] * B[:, None]
+    factor = (decay - 1) / A if held else delta[..., None] if scale else 1.0
+    new = decay * h + factor * u[..., None] * B[:, None]
     return new, ((h if late else new) * C[:, None]).sum(-1)
 
 
@@ -63,6 +64,15 @@ def wrong(function, **mistake):
     return functools.partial(function, **mistake)
 
 
+def by_autograd(a, x, g):
+    a, x = a.requires_grad_(), x.requires_grad_()
+    h, loss = 0.0, 0.0
+    for t in range(len(a)):
+        h = a[t] * h + x[t]
+        loss = loss + g[t] * h
+    return torch.autograd.grad(loss, (a, x))
+
+
 WRONG = {
     "discretise: positive A": (checks.discretise, lambda t, A, B: discretise(t, -A, B), "A was taken as positive"),
     "discretise: Euler decay": (checks.discretise, lambda t, A, B: (1 + t * A, *discretise(t, A, B)[1:]), "Euler's"),
@@ -96,6 +106,7 @@ WRONG = {
         lambda h, u, *rest: recurrence(h, torch.ones_like(u), *rest),
         "the input u_t is missing",
     ),
+    "step: exact factor": (checks.recurrence, wrong(recurrence, held=True), "the exact input factor"),
     "step: in place": (checks.recurrence, in_place, "changed in place"),
     "step: output before state": (checks.recurrence, lambda *x: recurrence(*x)[::-1], "the state has shape"),
     "step: mean of states": (
@@ -103,7 +114,9 @@ WRONG = {
         lambda *x: (recurrence(*x)[0], recurrence(*x)[1] / 4),
         "the state is right, the output is not",
     ),
-    "scan: nothing returned": (checks.scan, lambda *x: None, "return y, a tensor"),
+    "scan: nothing returned": (checks.scan, lambda *x: None, "does the function end with a return"),
+    "scan: a list": (checks.scan, lambda *x: list(scan(*x)), "return y, a tensor"),
+    "scan: exact factor": (checks.scan, wrong(scan, held=True), "the exact input factor"),
     "scan: read before update": (checks.scan, wrong(scan, late=True), "read before it was updated"),
     "scan: no decay": (checks.scan, wrong(scan, decays=False), "the decay is missing"),
     "scan: positive A": (checks.scan, wrong(scan, sign=-1.0), "A was taken as positive"),
@@ -120,6 +133,8 @@ WRONG = {
         lambda a, x, g: (a, scan_gradient(torch.ones_like(a), x, g)[1]),
         "the decay is missing",
     ),
+    "gradient: swapped": (checks.scan_gradient, lambda *a: scan_gradient(*a)[::-1], "the two are swapped"),
+    "gradient: by autograd": (checks.scan_gradient, by_autograd, "without autograd"),
     "gradient: forwards": (checks.scan_gradient, forwards, "time runs forwards"),
     "gradient: state of now": (checks.scan_gradient, wrong(scan_gradient, past=False), "dL/da has h_t"),
     "gradient: g for G": (checks.scan_gradient, wrong(scan_gradient, whole=False), "dL/da has g_t"),

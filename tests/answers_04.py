@@ -65,6 +65,12 @@ def in_place(predict, tokens, size):
     return result
 
 
+def by_slope(predict, tokens, size):
+    slope = torch.autograd.functional.jacobian(predict, tokens).abs()  # (1, m*size, e, 1, n*size, d)
+    slope = slope.sum((0, 2, 3, 5)).unflatten(0, (-1, size)).unflatten(2, (-1, size))  # (m, size, n, size)
+    return slope.sum((1, 3)).T > 1e-6
+
+
 WRONG = {
     "token-causal": (checks.cluster_mask, triangle, "token-causal"),
     "strict": (checks.cluster_mask, lambda *a: cluster_mask(*a, later=-1), "strict"),
@@ -114,6 +120,7 @@ WRONG = {
     "first channel only": (checks.dependence, lambda *a: dependence(*a, channels=1), "changes go unseen"),
     "sums compared": (checks.dependence, lambda *a: dependence(*a, compare=lambda x: x), "changes that cancel"),
     "never restored": (checks.dependence, lambda *a: dependence(*a, restore=False), "not there: change one cluster"),
+    "slope only": (checks.dependence, by_slope, "a gradient is not enough"),
     "no threshold": (checks.dependence, lambda *a: dependence(*a, threshold=0), "above 1e-6"),
     "tokens changed": (checks.dependence, in_place, "work on a clone"),
     "rows and columns": (checks.dependence, lambda *a: dependence(*a).T, "shape"),

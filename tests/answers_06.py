@@ -3,6 +3,7 @@
 import random
 
 import checks
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -66,6 +67,17 @@ def rest_in_one_class(targets, number, seed):
     return chosen + [i for i, t in enumerate(targets) if t == 3 and i not in chosen][: number % 4]
 
 
+def globally(set_seed, shuffle):
+    def answer(targets, number, seed):
+        set_seed(seed)
+        order = list(range(len(targets)))
+        shuffle(order)
+        turns = [sum(targets[j] == targets[i] for j in order[:k]) for k, i in enumerate(order)]
+        return [i for _, i in sorted(zip(turns, order))][:number]
+
+    return answer
+
+
 WRONG = {
     "1-D, class token in": (
         checks.resize,
@@ -104,9 +116,15 @@ WRONG = {
     ),
     "the first ones": (checks.balanced, lambda *a: balanced(*a, shuffle=False), "not the first ones"),
     "global seed": (checks.balanced, lambda *a: balanced(*a, own=False), "global random state"),
+    "global seed of Python": (checks.balanced, globally(random.seed, random.shuffle), "global random state"),
+    "global seed of NumPy": (checks.balanced, globally(np.random.seed, np.random.shuffle), "global random state"),
     "rest left out": (checks.balanced, lambda *a: balanced(*a, rest=False), "what is left over"),
     "rest in one class": (checks.balanced, rest_in_one_class, "differ by more than one"),
     "with replacement": (checks.balanced, with_replacement, "chosen twice"),
-    "unseeded": (checks.balanced, lambda t, n, s: balanced(t, n, random.randrange(10**9)), "another answer"),
+    "unseeded": (
+        checks.balanced,
+        lambda t, n, s: balanced(t, n, random.SystemRandom().randrange(10**9)),
+        "another answer",
+    ),
 }
 RIGHT = {checks.resize: resize, checks.scale: scale, checks.ema_update: ema, checks.balanced: balanced}

@@ -75,6 +75,7 @@ WRONG = {
     "fraction": (checks.accuracy_error, lambda a, n: error(a, n) / 100, "points are due"),
     "variance": (checks.accuracy_error, lambda a, n: error(a, n) ** 2, "the variance: its root"),
     "variance of a fraction": (checks.accuracy_error, lambda a, n: (error(a, n) / 100) ** 2, "of a fraction: its root"),
+    "percent twice": (checks.accuracy_error, lambda a, n: 100 * error(a, n), "100 times too large"),
     "one answer": (checks.accuracy_error, lambda a, n: error(a, 1), "the spread of one answer"),
     "95 %": (checks.accuracy_error, lambda a, n: 1.96 * error(a, n), "the half width"),
     "at worst": (checks.accuracy_error, lambda a, n: error(50, n), "the error at 50 %"),

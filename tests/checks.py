@@ -7,7 +7,9 @@ raises an AssertionError that says what to look at.
 
 import functools
 import math
+import random
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -16,10 +18,16 @@ def check(function):
     """Make a function of assertions an exercise's check. A stub raises NotImplementedError, so that Run-All works."""
 
     @functools.wraps(function)
-    def run(*answer) -> None:
+    def run(answer) -> None:
+        def given(*arguments):
+            result = answer(*arguments)
+            assert result is not None, "the answer is None: does the function end with a return?"
+            return result
+
         try:
-            function(*answer)
-        except NotImplementedError:
+            function(given)
+        except NotImplementedError as error:  # a stub's has no words, PyTorch's own has
+            assert not str(error), f"NotImplementedError: {str(error).splitlines()[0]}"
             print(f"{function.__name__}: not implemented yet")
         else:
             print(f"{function.__name__}: passed")
@@ -59,7 +67,7 @@ def patches(my_patchify) -> None:
 def cluster_index(my_cluster_index) -> None:
     """Against four loops, on grids that are not square, with clusters that are not as many as they are wide."""
     for rows, columns, s in ((4, 6, 2), (12, 12, 4), (6, 15, 3)):
-        case, mine = f"{rows}x{columns} patches, s = {s}", my_cluster_index(rows, columns, s)
+        case, mine = f"{rows}x{columns} patches, s = {s}", torch.as_tensor(my_cluster_index(rows, columns, s))
         assert mine.shape == (rows * columns,), f"{case}: shape {tuple(mine.shape)}, ({rows * columns},) is due"
         assert not mine.is_floating_point(), f"dtype {mine.dtype}: these numbers index, so they must be integers"
         places = []
@@ -116,7 +124,7 @@ def _scan_arguments(b: int, d: int, n: int, l: int) -> list[torch.Tensor]:
     return [random(b, d, l), random(b, d, l).exp(), -random(d, n).exp(), random(b, n, l), random(b, n, l), random(d)]
 
 
-def _scan_loop(u, delta, A, B, C, D, *, sign=1, delta_in_B=True, carry=True, late=False):
+def _scan_loop(u, delta, A, B, C, D, *, sign=1, delta_in_B=True, carry=True, late=False, held=False):
     """The scan, number by number, right or with one mistake."""
     (b, d, l), n, y = u.shape, A.shape[1], torch.zeros_like(u)
     for i in range(b):
@@ -124,9 +132,9 @@ def _scan_loop(u, delta, A, B, C, D, *, sign=1, delta_in_B=True, carry=True, lat
             h = [0.0] * n
             for t in range(l):
                 old, step = h, delta[i, j, t].item()
-                scale = step if delta_in_B else 1.0
                 decay = [math.exp(sign * step * A[j, k].item()) if carry else 1.0 for k in range(n)]
-                h = [decay[k] * h[k] + scale * B[i, k, t].item() * u[i, j, t].item() for k in range(n)]
+                scale = [(decay[k] - 1) / A[j, k].item() if held else step if delta_in_B else 1.0 for k in range(n)]
+                h = [decay[k] * h[k] + scale[k] * B[i, k, t].item() * u[i, j, t].item() for k in range(n)]
                 read = old if late else h
                 y[i, j, t] = sum(C[i, k, t].item() * read[k] for k in range(n)) + D[j] * u[i, j, t]
     return y
@@ -137,6 +145,7 @@ _SCAN_MISTAKES = {
     "the decay is missing: the old state is multiplied by exp(delta A)": dict(carry=False),
     "A was taken as positive: the factor is exp(delta A) with A < 0, it must be below 1": dict(sign=-1),
     "the input is not multiplied by delta: delta_t B_t u_t is added to the state": dict(delta_in_B=False),
+    "the exact input factor of exercise 1: Mamba takes Euler's, delta_t B_t u_t": dict(held=True),
 }
 
 
@@ -176,19 +185,21 @@ def recurrence(my_recurrence) -> None:
     h = torch.randn(b, d, n, generator=generator, dtype=torch.float64)
     before = h.clone()
     answer = my_recurrence(h, u, delta, A, B, C)
-    assert isinstance(answer, tuple) and len(answer) == 2, "return two things: the new state and the output"
+    both = isinstance(answer, tuple | list) and len(answer) == 2
+    assert both, "return two things: the new state and the output"
     new, y = (x.double() for x in answer)
     assert new.shape == (b, d, n), f"the state has shape {tuple(new.shape)}: (b, d, n) = {(b, d, n)} is due"
     assert y.shape == (b, d), f"the output has shape {tuple(y.shape)}: (b, d) = {(b, d)}, summed over the states"
     assert h.equal(before), "the old state was changed in place: autograd and the check still need it"
 
-    def by_loop(sign=1, delta_in_B=True, carry=True, late=False):
+    def by_loop(sign=1, delta_in_B=True, carry=True, late=False, held=False):
         state, out = torch.zeros(b, d, n, dtype=torch.float64), torch.zeros(b, d, dtype=torch.float64)
         for i in range(b):
             for j in range(d):
                 for k in range(n):
                     decay = math.exp(sign * delta[i, j].item() * A[j, k].item()) if carry else 1.0
-                    state[i, j, k] = decay * h[i, j, k] + (delta[i, j] if delta_in_B else 1) * B[i, k] * u[i, j]
+                    factor = (decay - 1) / A[j, k] if held else delta[i, j] if delta_in_B else 1
+                    state[i, j, k] = decay * h[i, j, k] + factor * B[i, k] * u[i, j]
                     out[i, j] += C[i, k] * (h if late else state)[i, j, k]
         return state, out
 
@@ -242,8 +253,17 @@ def scan_gradient(my_scan_gradient) -> None:
     h = [sum(link(s, t) * x[s].item() for s in range(t + 1)) for t in range(l)]
     G = torch.tensor([sum(link(s, t) * g[t].item() for t in range(s, l)) for s in range(l)], dtype=torch.float64)
     h, past = torch.tensor(h, dtype=torch.float64), torch.tensor([0.0, *h[:-1]], dtype=torch.float64)
-    da, dx = (gradient.double() for gradient in my_scan_gradient(a.clone(), x.clone(), g.clone()))
+    try:
+        with torch.no_grad():
+            answer = my_scan_gradient(a.clone(), x.clone(), g.clone())
+    except RuntimeError as error:
+        assert "does not require grad" not in str(error), "without autograd: write the two recurrences out"
+        raise
+    assert isinstance(answer, tuple | list) and len(answer) == 2, "return two things: dL/da and dL/dx"
+    da, dx = (gradient.double() for gradient in answer)
     assert da.shape == dx.shape == (l,), f"shapes {tuple(da.shape)}, {tuple(dx.shape)}: both are (l,) = ({l},)"
+    swapped = torch.allclose(da, G) and torch.allclose(dx, G * past)
+    assert not swapped, "the two are swapped: dL/da comes first, then dL/dx"
     assert not torch.allclose(dx, g), "nothing comes from the future: h_t also acts through h_{t+1}"
 
     def backward(factor, order=None):  # G_t = g_t + factor_t G_{t+1}, with other factors
@@ -493,7 +513,7 @@ def cluster_losses(my_cluster_losses) -> None:
 
 @check
 def dependence(my_dependence) -> None:
-    """On predictors of which it is known what they read: one value, a difference of tokens, tokens that are zero."""
+    """On predictors of which it is known what they read: one value, a difference of tokens, a square, and zeros."""
     generator = torch.Generator().manual_seed(8)
     n, m, size, d, e = 5, 4, 3, 4, 2
 
@@ -507,29 +527,33 @@ def dependence(my_dependence) -> None:
 
     tokens = torch.randn(1, n * size, d, generator=generator)
     tokens[:, size : 2 * size] = 0  # cluster 1, from 0
-    for case in range(12):
+    for case in range(16):
         truth = torch.rand(n, m, generator=generator) < 0.5
         reads, writes, channel, value = (torch.randint(high, (), generator=generator) for high in (size, size, d, e))
 
         def predict(x, truth=truth, reads=reads, writes=writes, channel=channel, value=value, signs=False, case=case):
             x = x.unflatten(1, (n, size))  # (b, n, size, d)
             read = x[:, :, reads, channel]  # one value of each cluster
-            if case % 3 == 1:  # a difference of tokens: a constant added to all of them is invisible
+            if case % 4 == 1:  # a difference of tokens: a constant added to all of them is invisible
                 read = read - x[:, :, (reads + 1) % size, channel]
+            elif case % 4 == 3:  # a square: it has no slope where the value is zero
+                read = read.square()
             out = torch.zeros(len(x), m, size, e)
             out[:, :, writes, value] = read @ truth.float() * 0.1
-            if case % 3 == 2:  # two values that always cancel
+            if case % 4 == 2:  # two values that always cancel
                 out[:, :, writes, 1 - value] = -out[:, :, writes, value]
             return out.flatten(1, 2)
 
         mine = ask(predict, tokens)
         few = "changes go unseen: change every value of every token of the cluster, and look at every predicted value"
-        if case % 3 == 1:
+        if case % 4 == 1:
             few = "a predictor that compares tokens goes unseen: change each value by its own random amount"
-        elif case % 3 == 2:
+        elif case % 4 == 2:
             few = "two changes that cancel go unseen: look at absolute differences before summing or averaging"
         assert (mine | ~truth)[torch.arange(n) != 1].all(), few
-        assert (mine | ~truth).all(), "a cluster of zeros is not changed by setting or multiplying it: add noise"
+        flat = "the slope at a point is zero where a square is: change the values, a gradient is not enough"
+        zeros = "a cluster of zeros is not changed by setting or multiplying it: add noise"
+        assert (mine | ~truth).all(), flat if case % 4 == 3 else zeros
         assert not (mine & ~truth).any(), "reports a dependence that is not there: change one cluster at a time"
     assert not ask(lambda x: x[:, : m * size, :e] * 1e-9, tokens).any(), "only changes above 1e-6 count"
 
@@ -574,7 +598,7 @@ def rate_at(my_rate_at) -> None:
             if not math.isclose(mine, expected, rel_tol=1e-9, abs_tol=1e-12):
                 for mistake, value in mistakes.items():
                     assert not math.isclose(mine, value, rel_tol=1e-9, abs_tol=1e-12), f"{case}: {mistake}"
-            assert math.isclose(mine, expected, rel_tol=1e-9, abs_tol=1e-12), f"{case}: {mine:.4g}, not {expected:.4g}"
+            assert math.isclose(mine, expected, rel_tol=1e-9, abs_tol=1e-12), f"{case}: {mine:.9g}, not {expected:.9g}"
 
 
 @check
@@ -830,9 +854,11 @@ def balanced(my_balanced) -> None:
     """Against counting, over classes of different sizes that come one after the other, and many seeds."""
     targets = [c for c, size in enumerate((40, 5, 12, 20)) for _ in range(size)]
     for number in (4, 8, 10, 15):
-        before = torch.get_rng_state()
+        before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
         mine, case = my_balanced(list(targets), number, 3), f"{number} of {len(targets)} images in 4 classes"
-        assert torch.get_rng_state().equal(before), "the global random state was used or set: make a generator"
+        after = random.getstate(), repr(np.random.get_state())
+        untouched = torch.get_rng_state().equal(before[0]) and after == before[1:]
+        assert untouched, "a global random state was used or set: make a generator of your own"
         short = len(mine) == number // 4 * 4 and number % 4
         assert not short, f"{case}: {len(mine)} indices, what is left over after equal shares is missing"
         assert len(mine) == number, f"{case}: {len(mine)} indices"
@@ -925,6 +951,8 @@ def accuracy_error(my_error) -> None:
         if not math.isclose(mine, expected, rel_tol=1e-6):
             assert not math.isclose(mine, expected / 100, rel_tol=1e-6), f"{case}: a fraction: points are due"
             assert not math.isclose(mine, variance, rel_tol=1e-6), f"{case}: the variance: its root is due"
+            twice = math.isclose(mine, 100 * expected, rel_tol=1e-6)
+            assert not twice, f"{case}: 100 times too large: the root of percents is in points already"
             fraction = math.isclose(mine, variance / 1e4, rel_tol=1e-6)
             assert not fraction, f"{case}: the variance, of a fraction: its root is due, in points"
             one = f"{case}: the spread of one answer: the mean of {images} varies less"

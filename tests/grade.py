@@ -2,9 +2,10 @@
 
     pytest tests/grade.py --submissions FOLDER --junitxml grades.xml
 
-FOLDER holds notebooks whose names contain the original's, such as ada-02_selective_scan.ipynb. Each is run from top to
-bottom, cells that fail included, and then meets this repository's checks, whatever became of its own. Handed-in code
-runs with your rights, and could outwit a check: use a container, and look at surprising marks.
+FOLDER, or a folder for each student below it, holds notebooks whose names contain the original's, such as
+ada-02_selective_scan.ipynb; others fail. Each is run from top to bottom, cells that fail included, a cell for at most
+two minutes, and then meets this repository's checks, whatever became of its own. Handed-in code runs with your rights,
+and could outwit a check: use a container, and look at surprising marks.
 """
 
 import os
@@ -14,47 +15,58 @@ import nbformat
 import pytest
 from test_notebooks import NOTEBOOKS, ROOT, read, tagged
 
+SECONDS = int(os.environ.get("ARMAMBA_GRADE_SECONDS", 120))  # that a cell may take
+
+
+def original(path):
+    """The notebook that a handed-in one is made from, or None."""
+    return next((notebook for notebook in NOTEBOOKS if notebook.stem in path.stem), None)
+
 
 def pytest_generate_tests(metafunc):
     folder = metafunc.config.getoption("--submissions")
-    if folder is None:
-        raise pytest.UsageError("give --submissions FOLDER, with the notebooks to grade")
-    cases = [
-        (path, name)
-        for path in sorted(folder.glob("*.ipynb"))
-        for original in NOTEBOOKS
-        if original.stem in path.stem
-        for name in tagged(read(original), "check")
-    ]
-    if not cases:
+    if folder is None or not folder.is_dir():
+        raise pytest.UsageError(f"give --submissions FOLDER, with the notebooks to grade; not {folder}")
+    paths = sorted(path for path in folder.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+    if not any(map(original, paths)):
         raise pytest.UsageError(f"{folder} holds no notebook named like those in notebooks/")
-    metafunc.parametrize("path, name", cases, ids=[f"{path.stem}:{name}" for path, name in cases], scope="session")
+    cases = [
+        (path, name) for path in paths for name in (tagged(read(original(path)), "check") if original(path) else [""])
+    ]
+    ids = [f"{path.relative_to(folder).with_suffix('')}:{name}" for path, name in cases]
+    metafunc.parametrize("path, name", cases, ids=ids, scope="session")
+
+
+def run(path) -> dict[str, str]:
+    """Of each exercise, "" if it passed, or else what its check printed or raised."""
+    checks = tagged(read(original(path)), "check")
+    try:
+        notebook = read(path)
+        find = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport checks\n"
+        notebook.cells += [nbformat.v4.new_code_cell(find + cell.source) for cell in checks.values()]
+        options = dict(timeout=SECONDS, interrupt_on_timeout=True, allow_errors=True)
+        resources = {"metadata": {"path": str(ROOT / "notebooks")}}
+        nbclient.NotebookClient(notebook, resources=resources, **options).execute()
+    except Exception as error:  # no notebook at all, or one that has ended its kernel
+        return dict.fromkeys(checks, f"{type(error).__name__}: {error}".splitlines()[0])
+    found = {}
+    for name, cell in zip(checks, notebook.cells[-len(checks) :]):
+        errors = [f"{out.ename}: {out.evalue}" for out in cell.outputs if out.output_type == "error"]
+        errors = [e.replace("KeyboardInterrupt: ", f"it takes longer than {SECONDS} s") for e in errors]
+        printed = "".join(out.text for out in cell.outputs if out.get("name") == "stdout").split("\n")[-2:-1]
+        found[name] = "" if not errors and printed == [f"{name}: passed"] else "".join(errors or printed) or "no answer"
+    return found
 
 
 @pytest.fixture(scope="session")
 def marks():
-    """(path, exercise) -> what its check printed, or the last line of its error; each notebook is run once."""
-    known = {}
-
-    def get(path, name):
-        if (path, name) not in known:
-            notebook = read(path)
-            original = next(original for original in NOTEBOOKS if original.stem in path.stem)
-            checks = tagged(read(original), "check")
-            find = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport checks\n"
-            notebook.cells += [nbformat.v4.new_code_cell(find + cell.source) for cell in checks.values()]
-            os.environ["ARMAMBA_TEST"] = "1"  # the notebooks' own runs are cut short
-            resources = {"metadata": {"path": str(ROOT / "notebooks")}}
-            nbclient.NotebookClient(notebook, timeout=600, allow_errors=True, resources=resources).execute()
-            for exercise, cell in zip(checks, notebook.cells[-len(checks) :]):
-                texts = [out.get("text") or f"{out.get('ename')}: {out.get('evalue')}" for out in cell.outputs]
-                known[path, exercise] = "".join(texts).strip()
-        return known[path, name]
-
-    return get
+    """path -> run(path), each notebook run once."""
+    known, os.environ["ARMAMBA_TEST"] = {}, "1"  # the notebooks' own runs are cut short
+    return lambda path: known[path] if path in known else known.setdefault(path, run(path))
 
 
 def test_exercise(marks, path, name):
-    mark = marks(path, name)
-    if mark != f"{name}: passed":
-        pytest.fail(mark, pytrace=False)
+    if not name:
+        pytest.fail(f"{path.name} has no notebook's name in its own, such as {NOTEBOOKS[0].stem}", pytrace=False)
+    if wrong := marks(path)[name]:
+        pytest.fail(wrong, pytrace=False)

@@ -7,6 +7,7 @@ import importlib
 
 import checks
 import pytest
+import torch
 
 ANSWERS = [importlib.import_module(f"answers_0{i}") for i in range(1, 8)]
 WRONG = {f"{answers.__name__[-2:]} {name}": case for answers in ANSWERS for name, case in answers.WRONG.items()}
@@ -45,3 +46,14 @@ def test_a_right_answer_in_fp32_passes(name, capsys):
 
 def test_the_loop_of_notebook_5s_figure_is_right():
     checks.complete.__wrapped__(checks.completed)
+
+
+def test_an_error_of_pytorch_is_not_taken_for_a_stub():
+    with pytest.raises(AssertionError, match='NotImplementedError: "softmax.*" not implemented for'):
+        checks.cluster_index(lambda rows, columns, s: torch.arange(rows * columns).softmax(0))
+
+
+def test_lists_will_do(capsys):
+    checks.cluster_index(lambda *sizes: RIGHT[checks.cluster_index](*sizes).tolist())
+    checks.recurrence(lambda *arguments: list(RIGHT[checks.recurrence](*arguments)))
+    assert capsys.readouterr().out == "cluster_index: passed\nrecurrence: passed\n"

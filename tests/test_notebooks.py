@@ -6,6 +6,7 @@ The wrong answers that the checks must catch are in test_checks.py; grading hand
 import base64
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -122,7 +123,7 @@ def test_handing_out_leaves_no_solution(path, tmp_path):
 
 @pytest.mark.slow
 def test_grading(tmp_path):
-    """The README's command for teachers, on one solved notebook, one untouched, and one with a wrong answer."""
+    """The README's command for teachers, on good and bad notebooks, files of another name, and no notebook."""
     path = NOTEBOOKS[0]
     original, solved = read(path), with_solutions(read(path))
     wrong = copy.deepcopy(solved)
@@ -131,13 +132,28 @@ def test_grading(tmp_path):
     tagged(wrong, "exercise")[first].source = stub.replace("raise NotImplementedError", "return None")
     for cell in wrong.cells:  # some editors drop what a cell is tagged with
         cell.metadata = {}
-    for student, notebook in dict(ada=solved, bob=original, cy=wrong).items():
-        nbformat.write(notebook, tmp_path / f"{student}-{path.name}")
+    talks, loops, ends = copy.deepcopy(solved), copy.deepcopy(solved), copy.deepcopy(solved)
+    tagged(talks, "exercise")[first].source += "\nmine = my_patchify"
+    talk = "\ndef my_patchify(*x):\n    import warnings\n    warnings.warn('slow')\n    print(x)\n    return mine(*x)"
+    tagged(talks, "exercise")[first].source += talk
+    tagged(loops, "exercise")[first].source = stub.replace("raise NotImplementedError", "while True: pass")
+    tagged(ends, "exercise")[first].source += "\nimport os; os._exit(0)"
+    students = dict(ada=solved, bob=original, cy=wrong, dan=talks, eve=loops, fay=ends)
+    for student, notebook in students.items():
+        (tmp_path / student).mkdir()
+        nbformat.write(notebook, tmp_path / student / f"{student}-{path.name}")
+    (tmp_path / "jan.ipynb").write_text("{}")
+    (tmp_path / f"kim-{path.name}").write_text("no notebook")
     command = [sys.executable, "-m", "pytest", "tests/grade.py", "--submissions", str(tmp_path)]
-    subprocess.run([*command, "--junitxml", str(tmp_path / "grades.xml")], cwd=ROOT, capture_output=True)
+    command += ["--junitxml", str(tmp_path / "grades.xml")]
+    subprocess.run(command, cwd=ROOT, capture_output=True, env=os.environ | dict(ARMAMBA_GRADE_SECONDS="40"))
     cases = ElementTree.parse(tmp_path / "grades.xml").iter("testcase")
     marks = {case.get("name"): [child.get("message") for child in case] for case in cases}
     for name in (first, *others):
-        assert marks[f"test_exercise[ada-{path.stem}:{name}]"] == []
-        assert "not implemented yet" in marks[f"test_exercise[bob-{path.stem}:{name}]"][0]
-        assert bool(marks[f"test_exercise[cy-{path.stem}:{name}]"]) == (name == first)
+        found = {who: marks[f"test_exercise[{who}/{who}-{path.stem}:{name}]"] for who in students}
+        assert found["ada"] == found["dan"] == []
+        assert "not implemented yet" in found["bob"][0] and "DeadKernelError" in found["fay"][0]
+        assert bool(found["cy"]) == bool(found["eve"]) == (name == first)
+        assert "longer than 40 s" in found["eve"][0] if name == first else True
+        assert "NotJSONError" in marks[f"test_exercise[kim-{path.stem}:{name}]"][0]
+    assert "jan.ipynb has no notebook's name" in marks["test_exercise[jan:]"][0]

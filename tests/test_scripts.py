@@ -323,7 +323,7 @@ def test_torchvision_datasets(monkeypatch, shared_data, tmp_path):
     assert math.isfinite(results["loss"]) and load("fashion/last.pt")["config"]["classes"][0] == "T-shirt/top"
 
 
-def test_cifar10_is_read_through_torchvision(monkeypatch):
+def test_cifar10_is_read_through_torchvision_or_from_image_files(monkeypatch):
     class Fake(torch.utils.data.Dataset):
         classes, targets = [str(i) for i in range(10)], list(range(10)) * 4
 
@@ -349,6 +349,12 @@ def test_cifar10_is_read_through_torchvision(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")  # only one process of a machine downloads
     train.load_images(train.pretraining_arguments(["--preset", "cifar10"]), train=True)
     assert downloads[-1] is False
+    # exported as image files, where the official ones cannot be had
+    root, before = make_folder("files", classes=("car", "cat"), per_class=40), len(downloads)
+    pretrain("--preset", "cifar10", "--data", root, "--output-dir", "exported")
+    results = classify("--checkpoint", "exported/last.pt")
+    assert (results["images"], results["args"]["data"]) == (80, root) and len(downloads) == before
+    assert load("exported/last.pt")["config"]["classes"] == ["car", "cat"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -981,6 +987,12 @@ def test_every_result_is_of_a_run_that_its_study_would_make_today(study, monkeyp
     monkeypatch.setattr(study, "RESULTS", ROOT / "notebooks" / "results")
     free = "output_dir data resume device checkpoint compare batch_size precision threads num_workers save_every"
     unused = "epochs warmup_epochs base_lr min_lr betas weight_decay layer_decay smoothing"  # without training
+
+    def same(mine: dict, theirs: dict, what: str, but: str = ""):
+        mine, theirs = (json.loads(json.dumps(args, default=str)) for args in (mine, theirs))
+        for key in (mine.keys() & theirs.keys()).difference(free.split(), but.split()):
+            assert mine[key] == theirs[key], f"{what}: {key}"
+
     assert {path.stem for path in study.RESULTS.iterdir()} <= study.STUDIES.keys()
     for name, rows in study.STUDIES.items():
         for line in study.read(name):
@@ -989,14 +1001,16 @@ def test_every_result_is_of_a_run_that_its_study_would_make_today(study, monkeyp
             if pretraining is not None:
                 flags = re.sub(r"--visible \S+", "", pretraining).split()
                 before = dict(stage="pretrain", args=vars(train.pretraining_arguments(flags + seed)))
+                # recorded from 2026-11-26 on
+                kept = line["results"]["pretraining"].get("args") or (name.startswith("fashion") and before["args"])
+                assert kept, f"{name}, {line['name']}, seed {line['seed']}: no arguments of its pretraining"
+                same(before["args"], kept, f"the pretraining of {name}, {line['name']}, seed {line['seed']}")
                 monkeypatch.setattr(train, "load_checkpoint", lambda path, config=before: dict(config=config))
                 start = ["--checkpoint", "last.pt"]
                 folder = "-".join(f"pretrain {pretraining} {line['seed']}".replace("--", "").split())
                 assert theirs["checkpoint"].endswith(f"/{folder}/last.pt"), f"{name}, {line['name']}"
             args, _ = finetune.finetuning_arguments([*start, *finetuning.split(), *seed])
-            mine = json.loads(json.dumps(vars(args), default=str))
-            for key in (mine.keys() & theirs.keys()).difference(free.split(), unused.split() if args.probe else ()):
-                assert mine[key] == theirs[key], f"{name}, {line['name']}, seed {line['seed']}: {key}"
+            same(vars(args), theirs, f"{name}, {line['name']}, seed {line['seed']}", unused if args.probe else "")
 
 
 def test_study_groups_probes_and_sampling(study):
