@@ -92,7 +92,9 @@ class ARMConfig:
         taps = self.taps or [first + i * (depth - first) // gaps for i in range(blocks - 1)] + [depth]
         rising = isinstance(taps, tuple | list) and {type(tap) for tap in taps} == {int} and [*taps] == sorted({*taps})
         fits = rising and len(taps) == blocks and taps[0] >= 1 and taps[-1] == depth
-        _require(fits, f"taps {taps} must be {blocks} (decoder_depth) blocks rising from 1 to {depth}, or None")
+        _require(
+            fits, f"taps {taps} must be {blocks} (decoder_depth) blocks rising from 1 to {depth}; taps=None spaces them"
+        )
         vars(self).update(image_size=tuple(size), taps=tuple(taps))  # past the guard of a frozen dataclass
 
 
@@ -163,6 +165,7 @@ def sincos_positions(d: int, grid: tuple[int, int]) -> Tensor:
     The first half of the channels encodes the column, the second half the row. Each half is [sin | cos] of the
     coordinate times the frequencies 10000^(-i / (d/4)), i = 0 .. d/4 - 1.
     """
+    _require(d % 4 == 0, f"{d} channels must be divisible by 4")
     rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
     frequencies = 10000.0 ** (-torch.arange(d // 4, dtype=torch.float64) / (d // 4))
     angles = [torch.outer(x.flatten(), frequencies) for x in (columns, rows)]  # (l, d/4) each
@@ -845,8 +848,9 @@ def to_official(model: "ARM | VisionMamba") -> dict[str, Tensor]:
     """A model's weights under the names of the released files, as new tensors; the inverse of `load_official`."""
     arm, config = isinstance(model, ARM), model.config
     encoder = model.encoder if arm else model
-    told = not arm or config.order == "row" and config.taps == replace(config, taps=None).taps
-    _require(told, f"order {config.order!r}, taps {config.taps}: released files know 'row' and default taps only")
+    told = not arm or config.order == "row" and config.norm_pix and config.taps == replace(config, taps=None).taps
+    others = f"order {config.order!r}, norm_pix {config.norm_pix}, taps {config.taps}"
+    _require(told, f"{others}: released files know 'row', True and default taps only")
     fits = arm or encoder.directions == 4 and encoder.num_classes is not None
     _require(fits, f"{encoder.directions} directions, {encoder.num_classes} classes: released files have 4 and a head")
     state = {}
@@ -898,6 +902,9 @@ def load_official(checkpoint, *, pool="mean", image_size=None, grid=None, weight
     grid = (math.isqrt(l),) * 2 if grid is None else grid
     fits = isinstance(grid, tuple | list) and len(grid) == 2 and math.prod(grid) == l
     _require(fits, f"a grid of {grid} does not hold {l} positions: give grid=(rows, columns)")
+    if arm:  # whose positions are fixed, and tell
+        own = torch.allclose(state["pos_embed"].float(), sincos_positions(d, grid).float(), atol=1e-2)
+        _require(own, f"the positions in this checkpoint are not those of a grid of {tuple(grid)}: give grid=its own")
     depth, decoder_depth = (len({k.split(".")[1] for k in state if k.startswith(x)}) for x in ("layers.", "dec_block."))
     sizes = dict(image_size=(grid[0] * p, grid[1] * p), channels=channels, patch_size=p, d_model=d, depth=depth)
     sizes |= dict(d_state=state["layers.0.mixer.A_log"].shape[1], d_conv=state["layers.0.mixer.conv1d.weight"].shape[2])

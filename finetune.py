@@ -14,6 +14,7 @@ Datasets, schedule, checkpoints and the set-up of processes come from train.py.
 import train  # first, since it sets OMP_WAIT_POLICY before torch is imported
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
@@ -64,7 +65,7 @@ def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namesp
     either("--eval", action="store_true", help="evaluate the checkpoint, a finetuned one, and do no training")
     add("--class-list", type=Path, help="folder names of all the checkpoint's classes in label order, for --eval")
     either("--probe", choices=("features", "pixels"), help="no training: neighbours and a linear model on these")
-    add("--eval-crop", type=float, default=1.0, help="centre crop as a share of the resized short side")
+    add("--eval-crop", type=float, default=1.0, help="centre crop as a share of the short side, to 224 pixels")
     add("--eval-resize", choices=("keep", "squash"), default="keep", help="squash: as the released evaluation does")
     add = parser.add_argument_group("finetuning recipe").add_argument
     add("--layer-decay", type=float, default=1.0, help="factor of the learning rate from one block to the one below")
@@ -86,7 +87,8 @@ def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namesp
         raise ValueError("--eval uses no --labels, and --probe no --class-list: leave one out")
     if given.from_scratch:
         return train.parse(parser, {name: preset | SCRATCH for name, preset in PRESETS.items()}, argv), None
-    path = given.checkpoint or newest_finished("finetune" if given.eval else "pretrain")
+    path = given.checkpoint or given.resume and started_from(given.output_dir)
+    path = path or newest_finished("finetune" if given.eval else "pretrain")
     checkpoint = train.load_checkpoint(path)
     if not isinstance(checkpoint.get("config"), dict) or "stage" not in checkpoint["config"]:
         checkpoint.pop("config", None)  # another's, of another form
@@ -100,9 +102,19 @@ def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namesp
         usual = vars(train.pretraining_arguments(["--preset", args["preset"]])) | dict(preset=None)
     names = ("preset", "data", "image_size", "flip", "directions", "pool", *SHAPE)
     inherited = {k: args[k] for k in names if k in args and (k in SHAPE or args[k] != usual.get(k))}
+    if given.eval and "seed" in args:
+        inherited["seed"] = args["seed"]  # which --holdout depends on
     if given.preset not in (None, args.get("preset")):
         inherited.pop("data", None)  # it is another's
     return train.parse(parser, PRESETS, argv, checkpoint=path, **inherited), checkpoint
+
+
+def started_from(folder: Path | None) -> Path | None:
+    """The checkpoint that the run in a folder has started from, if it holds one that can be read."""
+    for path in (folder / "last.pt", folder / "previous.pt") if folder else ():
+        with contextlib.suppress(ValueError):
+            start = train.load_checkpoint(path)["config"]["args"]["checkpoint"]
+            return start and Path(start)
 
 
 def newest_finished(stage: str) -> Path:
@@ -152,17 +164,24 @@ def build_model(args: argparse.Namespace, checkpoint: dict | None, mode: str, cl
 def known_classes(args: argparse.Namespace, checkpoint: dict | None, classes: list[str]) -> list[str]:
     """Names of what the model's logits stand for: a list, what a finetuned checkpoint says, or the data's folders."""
     if args.class_list:
-        return [name.strip() for name in args.class_list.read_text().splitlines() if name.strip()]
+        lines = args.class_list.read_text("utf-8-sig").splitlines()
+        named = [name.strip() for name in lines if name.strip()]
     config = (checkpoint or {}).get("config", {})
-    return config["classes"] if config.get("stage", "pretrain") != "pretrain" else classes
+    own = config["classes"] if config.get("stage", "pretrain") != "pretrain" else None
+    if not args.class_list:
+        return own or classes
+    if len(set(named)) < len(named) or own and set(own) == set(named) and own != named:
+        raise ValueError(f"{args.class_list} names a class twice, or not in the order of {own}: correct it")
+    return named
 
 
 def logit_columns(known: list[str], classes: list[str]) -> list[int]:
     """The logits of the data's classes: by name, or by label where folders are numbers, as in ImageNet-V2."""
     if set(classes) <= set(known):
         return [known.index(name) for name in classes]
-    if all(name.isdecimal() and int(name) < len(known) for name in classes):
-        return [int(name) for name in classes]
+    columns = [int(name) for name in classes if name.isdecimal() and int(name) < len(known)]
+    if len(set(columns)) == len(classes) and not any(name.isdecimal() for name in known):
+        return columns
     new = ", ".join(sorted(set(classes) - set(known)))
     raise ValueError(f"the model does not know the classes {new}: remove them, or name all of its in --class-list")
 
@@ -302,6 +321,8 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None, mode: str | None 
     torch.manual_seed(train.seed_from("weights", args.seed))
     model = build_model(args, checkpoint, mode or images.mode, known).to(device)
     model.grad_checkpoint = args.grad_checkpoint
+    if images.mode == "RGB" and model.config.channels == 1:
+        train.say("note: the model takes grey images, so colours are dropped")
     mode = images.mode = test.mode = "RGB" if model.config.channels == 3 else "L"  # an RGB model takes grey as RGB
     holdout = len(images) // 5 if args.probe else args.holdout
     labelled, held = pick(images.targets, None if args.eval else args.labels, args.seed, holdout)

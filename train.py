@@ -49,7 +49,7 @@ if os.name != "nt":  # Windows has neither
 from armamba import ARM, ORDERS, VARIANTS, ARMConfig, from_clusters, patchify, scan_backend, unpatchify
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun tells
-RANK = int(os.environ["RANK"]) if PROCESSES > 1 else 0
+RANK = int(os.environ.get("RANK", 0)) if PROCESSES > 1 else 0
 
 # --- Presets and arguments --------------------------------------------------------------------------------------------
 
@@ -124,6 +124,13 @@ def parse(parser: argparse.ArgumentParser, presets: dict, argv, **inherited) -> 
     preset = given.preset or inherited.get("preset") or ("folder" if given.data else "digits")
     if given.data and (preset == "digits" or preset != given.preset and preset in ("fashion-mnist", "cifar10")):
         raise ValueError(f"--data {given.data}, but the preset is {preset}: add --preset folder for images of your own")
+    cropping = [name for name in ("flip", "min_crop", "eval_crop", "eval_resize") if name in vars(given)]
+    if preset == "digits" and (set_ := [x for x in cropping if getattr(given, x) != parser.get_default(x)]):
+        raise ValueError(f"--{set_[0].replace('_', '-')}: digits are placed at random, not cropped: leave it out")
+    images = (given.batch_size or 0) * given.accum * PROCESSES
+    if images and given.effective_batch and images != given.effective_batch:
+        shares = f"--batch-size {given.batch_size} x {given.accum} accumulated x {PROCESSES} processes"
+        raise ValueError(f"{shares} are {images}, not --effective-batch {given.effective_batch}: leave one out")
     defaults = presets[preset] | inherited | dict(preset=preset)
     if unknown := defaults.keys() - vars(given).keys():
         raise ValueError(f"preset {preset!r} sets unknown options: {', '.join(sorted(unknown))}")
@@ -185,14 +192,15 @@ class Folder(datasets.ImageFolder):
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         entries = [entry for entry in os.scandir(directory) if entry.name[0] != "."]
-        loose = any(entry.name.lower().endswith(datasets.folder.IMG_EXTENSIONS) for entry in entries)
+        loose = any(e.name.lower().endswith(datasets.folder.IMG_EXTENSIONS) and e.is_file() for e in entries)
         folders = [entry.name for entry in entries if entry.is_dir() and not loose]
         classes = sorted(folders, key=int if all(map(str.isdecimal, folders)) else None) or ["."]
         return classes, {name: i for i, name in enumerate(classes)}
 
 
 def load_images(args: argparse.Namespace, train: bool) -> Dataset:
-    """The dataset of PIL images and labels, with `classes`, `targets` and `mode`, "L" (grey) or "RGB"."""
+    """The dataset of PIL images and labels, with `classes`, `targets` and `mode`, which is "L" if up to
+    a hundred images, evenly spaced, are all grey, else "RGB"."""
     root = Path(args.data or "data")
     if args.preset == "digits":
         data = Digits(train)
@@ -209,7 +217,7 @@ def load_images(args: argparse.Namespace, train: bool) -> Dataset:
             raise ValueError(f"no folder of images at {part}: give --data a folder, with train/ and val/ to evaluate")
         data = Folder(part, loader=Image.open if args.preset.startswith("imagenet") else open_upright)
     modes = set()
-    for i in range(0, len(data), -(-len(data) // 8)):
+    for i in range(0, len(data), -(-len(data) // 100)):
         with suppress(Exception):  # broken images are dealt with when they are used
             modes.add(data[i][0].mode)
     data.mode = "L" if modes and modes <= {"1", "L", "LA", "I", "I;16", "I;16B"} else "RGB"
@@ -291,7 +299,8 @@ class Seeded(Dataset):
                 raise ValueError(f"{gone}: bring it back, and --resume") from None
             if not self.broken[index]:
                 self.broken[index] = True
-                print(f"broken image {self.names[index]}: {error}", flush=True)
+                line = f"broken image {self.names[index]}: {error}"
+                print(line.encode("ascii", "backslashreplace").decode(), flush=True)  # on any console
             broken = [str(self.names[i]) for i in self.broken.nonzero().flatten().tolist()]
             if not self.exact and len(broken) > 0.05 * len(self):
                 many = f"{len(broken)} of {len(self)} images are broken, more than 5 %"
@@ -435,10 +444,10 @@ class Run:
                 say(f"no lock on {self.folder} ({error}): do not start a second run in it")
             self.temporary.unlink(missing_ok=True)
         found = [path for path in (self.last, self.previous) if path.exists()]
+        if stage in ("eval", "probe") and (found or (self.folder / "results.json").exists()):
+            raise ValueError(f"{self.folder} holds a run or results: give another --output-dir")
         if found and not args.resume:
             raise ValueError(f"{self.folder} holds a run: add --resume to go on, or give another --output-dir")
-        if stage in ("eval", "probe") and (self.folder / "results.json").exists():
-            raise ValueError(f"{self.folder} holds results: give another --output-dir")
         self.state, self.good = {}, None  # of the newest checkpoint that can be read, and its path
         for path in found:
             try:
@@ -497,7 +506,7 @@ class Run:
     def save(self, step: int, seconds: float) -> None:
         """Write beside, flush, then rename: whenever the power goes, a whole checkpoint is there."""
         if RANK == 0:
-            state = dict(step=step, seconds=seconds, config=self.config, rng=torch.get_rng_state())
+            state = dict(step=step, seconds=seconds, config=self.config)
             state |= {name: part.state_dict() for name, part in self.parts.items()}
             try:
                 with open(self.temporary, "wb") as file:
@@ -569,12 +578,12 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
     config |= dict(args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
     parts = dict(model=model, optimizer=optimizer) | (dict(model_ema=ema.module) if ema else {})
     before, began = run.begin(config, parts), time.monotonic()
-    say("configuration:", *(f"{key}={value}" for key, value in sorted(config["args"].items())))
+    say("configuration:", *(f"{key}={value}" for key, value in sorted((config["args"] | config["model"]).items())))
     scan = "{} ({})".format(*scan_backend(args.device))
     say(f"{count(model):,} parameters, {args.device}, {args.precision}, torch {torch.__version__}, scan: {scan}")
     shares = f"{args.batch_size} x {args.accum} accumulated x {PROCESSES} processes"
-    say(f"{len(data):,} images, effective batch {batches.effective} = {shares}, peak learning rate {peak:.3g}")
-    say(f"{steps:,} steps, {batches.per_epoch:,} per epoch, to {run.folder}")
+    say(f"{len(data):,} images, {config['mode']}; effective batch {batches.effective} = {shares}")
+    say(f"{steps:,} steps, {batches.per_epoch:,} per epoch; peak learning rate {peak:.3g}; to {run.folder}")
 
     net = torch.compile(model) if args.compile else model
     net = torch.nn.parallel.DistributedDataParallel(net) if PROCESSES > 1 else net

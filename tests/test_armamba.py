@@ -767,6 +767,15 @@ def test_load_from_a_grid_that_is_not_square(make):
     assert torch.equal(loaded(images), model(images))
 
 
+def test_a_grid_is_not_taken_for_a_square_one():
+    """Of 4 x 16 patches the number alone does not tell; an ARM's fixed positions do."""
+    config = replace(TINY, image_size=(4 * TINY.patch_size, 16 * TINY.patch_size))
+    state = to_official(ARM(config))
+    with pytest.raises(ValueError, match=r"not those of a grid of \(8, 8\): give grid="):
+        load_official(state)
+    assert load_official(state, grid=[4, 16]).config.image_size == config.image_size
+
+
 @pytest.mark.parametrize("left_out", ["ar_token", "nothing"])
 def test_classifier_that_carries_decoder_weights(left_out):
     model, arm = MODELS["classifier"](), to_official(MODELS["arm"]())
@@ -779,6 +788,7 @@ def test_classifier_that_carries_decoder_weights(left_out):
     "make, message",
     [
         (lambda: ARM(replace(SQUARE, order="column")), "order 'column'"),
+        (lambda: ARM(replace(SQUARE, norm_pix=False)), "norm_pix False"),
         (lambda: ARM(replace(SQUARE, taps=(2, 3))), r"taps \(2, 3\)"),
         (lambda: VisionMamba(SQUARE, 7, directions=1), "1 directions"),
         (lambda: VisionMamba(SQUARE, None), "None classes"),

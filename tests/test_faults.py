@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -61,6 +62,22 @@ def test_broken_images_are_named_once_and_replaced_by_the_next(workers, capfd):
     data = train.Seeded(train.load_images(args, True), train.random_crop(args) + train.to_tensor("RGB"), 0)
     assert torch.equal(data[3, 0][0], data[3, 1][0]) and not torch.equal(data[3, 1][0], data[3, 2][0])
     assert data[0, 49][1] == 1 and data[0, 25][1] == 1  # the second class starts with a broken one
+
+
+def test_a_name_that_the_console_cannot_show_does_no_harm(capfd, monkeypatch):
+    root = Path(make_folder("photos", per_class=30))
+    Path(root, "train/cat/写真.png").write_text("no image")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    pretrain("--data", root, *SMALL, "--num-workers", 0, "--output-dir", "run")
+    sys.stdout.seek(0)
+    assert r"broken image photos/train/cat/\u5199\u771f.png" in sys.stdout.read()
+
+
+def test_a_folder_may_be_named_like_an_image():
+    for name in ("logo.png", "b"):
+        Path("photos", name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(Path("photos", name, "1.png"))
+    assert train.Folder("photos").classes == ["b", "logo.png"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -90,10 +90,25 @@ def test_flags_override_presets_and_mistakes_are_named(capsys):
             train.pretraining_arguments(wrong)
     for flag, wrong in {"--accum": 0, "--max-steps": -1, "--min-crop": 0.0, "--base-lr": "nan"}.items():
         with pytest.raises(ValueError, match=f"{flag} {wrong} must be from .* to .*: change it"):
-            train.pretraining_arguments([flag, str(wrong)])
+            train.pretraining_arguments(["--preset", "folder", flag, str(wrong)])
     for flag, wrong in {"--smoothing": 2.0, "--eval-crop": 0.0, "--mixup": -1.0}.items():
         with pytest.raises(ValueError, match=f"{flag} {wrong} must be from .* to .*: change it"):
-            finetune.finetuning_arguments(["--from-scratch", flag, str(wrong)])
+            finetune.finetuning_arguments(["--from-scratch", "--preset", "folder", flag, str(wrong)])
+
+
+def test_flags_that_would_do_nothing_are_refused():
+    for flags in (["--flip"], ["--no-flip", "--min-crop", "0.9"]):
+        with pytest.raises(
+            ValueError, match=f"{flags[0].replace('no-', '')}: digits are placed at random, not cropped"
+        ):
+            train.pretraining_arguments(flags)
+    for flags in (["--eval-crop", "0.5"], ["--eval-resize", "squash"]):
+        with pytest.raises(ValueError, match=f"{flags[0]}: digits are placed at random, not cropped"):
+            finetune.finetuning_arguments(["--from-scratch", *flags])
+    both = ["--batch-size", "4", "--accum", "3", "--effective-batch"]
+    with pytest.raises(ValueError, match="4 x 3 accumulated x 1 processes are 12, not --effective-batch 32: leave one"):
+        train.pretraining_arguments([*both, "32"])
+    assert train.pretraining_arguments([*both, "12"]).batch_size == 4
 
 
 def test_a_preset_cannot_set_what_no_flag_can(monkeypatch):
@@ -366,7 +381,7 @@ def test_pretraining_leaves_everything_it_promises(capsys):
     folder = Path("run")
     assert {p.name for p in folder.iterdir()} == {"last.pt", "log.jsonl", "loss.png", "predictions.png", "results.json"}
     checkpoint = load(folder / "last.pt")
-    assert {"model", "optimizer", "step", "rng", "config"} <= checkpoint.keys() and checkpoint["step"] == 6
+    assert {"model", "optimizer", "step", "config"} <= checkpoint.keys() and checkpoint["step"] == 6
     arm = ARM(ARMConfig(**checkpoint["config"]["model"]))
     arm.load_state_dict(checkpoint["model"])
     assert [row[0] for row in log("run")] == [1, 2, 3, 4, 5, 6]
@@ -472,7 +487,7 @@ def test_mistakes_with_folders_are_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match="images was (\\d+), is"):  # data may move, but not change
         pretrain(*flags, "--resume")
     classify("--from-scratch", "--output-dir", "ft")
-    with pytest.raises(ValueError, match="ft holds results: give another --output-dir"):
+    with pytest.raises(ValueError, match="ft holds a run or results: give another --output-dir"):
         classify("--eval", "--checkpoint", "ft/last.pt", "--output-dir", "ft", "--resume")
     with pytest.raises(ValueError, match="no checkpoint at nowhere.pt"):
         classify("--checkpoint", "nowhere.pt")
@@ -771,6 +786,9 @@ def test_a_class_list_restricts_and_orders_the_logits(tmp_path, monkeypatch):
     assert train.Folder(str(tmp_path / "photos-0-1-2-3-4-5-6-7-8-9/val")).classes == list(map(str, range(10)))
     with pytest.raises(ValueError, match="does not know the classes 10, n11: remove them"):
         finetune.logit_columns(names, ["n02", "n11", "10"])
+    for known, classes in ((["1", "2", "3"], ["0", "1", "2"]), (["cat", "dog"], ["01", "1"])):
+        with pytest.raises(ValueError, match="does not know the classes 0"):  # a name, and no label
+            finetune.logit_columns(known, classes)
     Path("classes.txt").write_text("n02\nn05\nn08")
     with pytest.raises(ValueError, match="3 class names for released.pth: give --class-list"):
         top1(("n05", "n02", "n08"))
@@ -792,6 +810,56 @@ def test_our_own_checkpoints_know_their_classes(tmp_path):
     assert classify("--eval", "--checkpoint", "ft/last.pt", "--data", str(tmp_path / "two/val"))["images"] == 12
     with pytest.raises(ValueError, match="classes differ"):
         classify("--checkpoint", "ft/last.pt", "--data", two, "--output-dir", "more")
+    for names in ("dcba", "abcc"):
+        Path("names.txt").write_text("\n".join(names), "utf-8-sig")
+        with pytest.raises(ValueError, match="names.txt names a class twice, or not in the order of"):
+            classify("--eval", "--checkpoint", "ft/last.pt", "--data", root, "--class-list", "names.txt")
+    Path("names.txt").write_text("a\nb\nc\nd", "utf-8-sig")
+    assert classify("--eval", "--checkpoint", "ft/last.pt", "--data", root, "--class-list", "names.txt")["images"] == 24
+    for more in ([], ["--resume"]):  # not into a run, finished or not
+        Path("ft/results.json").unlink(missing_ok=True)
+        with pytest.raises(ValueError, match="ft holds a run or results: give another --output-dir"):
+            classify("--eval", "--checkpoint", "ft/last.pt", "--data", root, "--output-dir", "ft", *more)
+
+
+def test_evaluation_takes_over_the_seed_that_holds_images_out():
+    classify("--from-scratch", "--seed", 1, "--holdout", 20, "--output-dir", "ft")
+    results = classify("--eval", "--checkpoint", "ft/last.pt", "--holdout", 20)
+    assert results["args"]["seed"] == 1
+
+
+def test_resuming_knows_what_it_started_from():
+    """Even if another pretraining run has finished since."""
+    pretrain("--output-dir", "runs/a")
+    flags = ["--labels", 40, "--output-dir", "ft"]
+    whole = classify(*flags)
+    pretrain("--output-dir", "runs/b", "--seed", 1)
+    Path("ft/last.pt").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="no checkpoint that can be read"):
+        classify(*flags, "--resume")
+    Path("ft/last.pt").unlink()
+    classify("--checkpoint", "runs/a/last.pt", *flags)
+    again = classify(*flags, "--resume")
+    assert again["args"]["checkpoint"] == Path("runs/a/last.pt") and again["top1"] == whole["top1"]
+
+
+def test_colours_that_a_model_does_not_see_are_said(capsys):
+    pretrain("--output-dir", "grey")
+    root = make_folder("photos", size=(24, 24), per_class=10)
+    results = classify("--preset", "folder", "--data", root, "--checkpoint", "grey/last.pt", "--image-size", 24)
+    said = capsys.readouterr().out
+    assert results["mode"] == "L" and "note: the model takes grey images, so colours are dropped" in said
+    assert "20 images, L; effective batch" in said and "d_model=64" in said
+
+
+def test_one_image_in_ten_is_enough_for_colour():
+    root = make_folder("photos", size=(8, 8), per_class=40)
+    for i, path in enumerate(sorted(Path(root, "train").rglob("*.png"))):
+        image = Image.open(path)
+        if i % 10 != 5:
+            image.convert("L").save(path)
+    args = train.pretraining_arguments(["--preset", "folder", "--data", root])
+    assert train.load_images(args, train=True).mode == "RGB"
 
 
 def test_probes_of_frozen_features(tmp_path):
