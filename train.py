@@ -215,7 +215,10 @@ def load_images(args: argparse.Namespace, train: bool) -> Dataset:
         part = root if (train or args.eval) and not part.is_dir() else part
         if not args.data or not part.is_dir():
             raise ValueError(f"no folder of images at {part}: give --data a folder, with train/ and val/ to evaluate")
-        data = Folder(part, loader=Image.open if args.preset.startswith("imagenet") else open_upright)
+        try:
+            data = Folder(part, loader=Image.open if args.preset.startswith("imagenet") else open_upright)
+        except FileNotFoundError as error:
+            raise ValueError(f"{part}: {error}") from None
     modes = set()
     for i in range(0, len(data), -(-len(data) // 100)):
         with suppress(Exception):  # broken images are dealt with when they are used
@@ -582,7 +585,8 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
     scan = "{} ({})".format(*scan_backend(args.device))
     say(f"{count(model):,} parameters, {args.device}, {args.precision}, torch {torch.__version__}, scan: {scan}")
     shares = f"{args.batch_size} x {args.accum} accumulated x {PROCESSES} processes"
-    say(f"{len(data):,} images, {config['mode']}; effective batch {batches.effective} = {shares}")
+    source = getattr(data.data, "root", args.preset)
+    say(f"{len(data):,} images, {config['mode']}, of {source}; effective batch {batches.effective} = {shares}")
     say(f"{steps:,} steps, {batches.per_epoch:,} per epoch; peak learning rate {peak:.3g}; to {run.folder}")
 
     net = torch.compile(model) if args.compile else model

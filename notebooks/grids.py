@@ -22,15 +22,18 @@ QUARTER, HALF = "--visible 0.25 --epochs 56", "--visible 0.5 --epochs 42"
 
 RATES = "4e-2", "8e-2", "1.6e-1", "3.2e-1"  # of finetuning
 
-# what a prediction is, and who makes it, other than the default
+# what is predicted, by which decoder and in which order, other than the default: flags of the model, and the
+# finetuning's rate that `unit-tune` or `order-tune` found best, if not the default's
 UNITS = {
-    "clusters of 1x1": "--cluster-size 1",
-    "clusters of 3x3": "--cluster-size 3",
-    "pixels not normalised": "--no-norm-pix",
-    "decoder of one block": "--decoder-depth 1",
-    "decoder half as wide": "--decoder-dim 32",
+    "clusters of 1x1": ("--cluster-size 1", ""),
+    "clusters of 3x3": ("--cluster-size 3", "--base-lr 1.6e-1"),
+    "pixels not normalised": ("--no-norm-pix", ""),
+    "decoder of one block": ("--decoder-depth 1", ""),
+    "decoder half as wide": ("--decoder-dim 32", ""),
 }
-UNITS |= {f"patches of 3 pixels: clusters of {s}x{s}": f"--patch-size 3 --cluster-size {s}" for s in (2, 4)}
+UNITS |= {f"patches of 3 pixels: clusters of {s}x{s}": (f"--patch-size 3 --cluster-size {s}", "") for s in (2, 4)}
+ORDER_RATES = {"column": "--base-lr 1.6e-1", "random": "--base-lr 1.6e-1"}
+OTHER_ORDERS = {order: (f"--order {order}", ORDER_RATES.get(order, "")) for order in ORDERS[1:]}
 
 # labels and finetuning steps: the default run has 100 and 150
 LENGTHS = {"100 labels, 150 steps": "", "100 labels, 300 steps": "--max-steps 300"}
@@ -99,11 +102,10 @@ STUDIES = {
             ("pixels", None, "pixels"),
         )
     },
-    "unit-tune": rates(*RATES, **{row: (flags, HELD) for row, flags in UNITS.items()}),
-    "unit": {"clusters of 2x2 patches, pixels normalised": ("", "")}
-    | {row: (flags, "") for row, flags in UNITS.items()},
-    "order-tune": rates(*RATES, **{order: (f"--order {order}", HELD) for order in ORDERS[1:]}),
-    "order": {order: (f"--order {order}" if order != "row" else "", "") for order in ORDERS},
+    "unit-tune": rates(*RATES, **{row: (model, HELD) for row, (model, _) in UNITS.items()}),
+    "unit": {"clusters of 2x2 patches, pixels normalised": ("", "")} | UNITS,
+    "order-tune": rates(*RATES, **{row: (model, HELD) for row, (model, _) in OTHER_ORDERS.items()}),
+    "order": {"row": ("", "")} | OTHER_ORDERS,
     "directions-tune": rates(*RATES, **sides("four directions, ", "", f"{HELD} --directions 4")),
     "directions": {
         "pretrained: one direction": ("", ""),

@@ -99,7 +99,7 @@ def ahead(pairs: dict[int, float]) -> str:
 def table(study: str) -> str:
     """Markdown: top-1, and by how much the row that it is compared with is ahead, paired by seed."""
     found = scores(study)
-    lines = [f"| {study} | top-1 (%) | first row is ahead by | seeds |", "|---|---|---|---|"]
+    lines = [f"| {study} | top-1 (%) | first row (of its kind) is ahead by | seeds |", "|---|---|---|---|"]
     for row, by_seed in found.items():
         top1 = "{:.1f} ± {:.1f}".format(*interval(by_seed.values())).replace(" ± nan", "")
         gap = "" if row == reference(found, row) else ahead(differences(found, row))

@@ -73,6 +73,17 @@ def test_a_name_that_the_console_cannot_show_does_no_harm(capfd, monkeypatch):
     assert r"broken image photos/train/cat/\u5199\u771f.png" in sys.stdout.read()
 
 
+def test_an_empty_folder_is_named():
+    Path("photos/train/cat").mkdir(parents=True)
+    assert "photos/train: Found no valid file for the classes cat" in says(lambda: pretrain("--data", "photos", *SMALL))
+
+
+def test_a_world_without_torchrun_is_one_line():
+    world = os.environ | dict(WORLD_SIZE="2")
+    run = subprocess.run([sys.executable, ROOT / "train.py"], env=world, capture_output=True, text=True)
+    assert run.returncode == 1 and "RANK expected, but not set" in run.stderr and "Traceback" not in run.stderr
+
+
 def test_a_folder_may_be_named_like_an_image():
     for name in ("logo.png", "b"):
         Path("photos", name).mkdir(parents=True)

@@ -849,7 +849,7 @@ def test_colours_that_a_model_does_not_see_are_said(capsys):
     results = classify("--preset", "folder", "--data", root, "--checkpoint", "grey/last.pt", "--image-size", 24)
     said = capsys.readouterr().out
     assert results["mode"] == "L" and "note: the model takes grey images, so colours are dropped" in said
-    assert "20 images, L; effective batch" in said and "d_model=64" in said
+    assert "20 images, L, of photos/train; effective batch" in said and "d_model=64" in said
 
 
 def test_one_image_in_ten_is_enough_for_colour():
@@ -895,6 +895,14 @@ def test_readme_blocks_run_as_written():
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_readme_opens_our_own_checkpoints_as_written():
+    (block,) = re.findall(r"```python checkpoint\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    pretrain("--output-dir", "runs/base")
+    found = {}
+    exec(compile(block, "README.md", "exec"), found)
+    assert same(found["arm"].state_dict(), load("runs/base/last.pt")["model"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
