@@ -28,7 +28,7 @@ UNITS = {
     "clusters of 1x1": ("--cluster-size 1", ""),
     "clusters of 3x3": ("--cluster-size 3", "--base-lr 1.6e-1"),
     "pixels not normalised": ("--no-norm-pix", ""),
-    "decoder of one block": ("--decoder-depth 1", ""),
+    "decoder of one block": ("--decoder-depth 1", "--base-lr 1.6e-1"),
     "decoder half as wide": ("--decoder-dim 32", ""),
 }
 UNITS |= {f"patches of 3 pixels: clusters of {s}x{s}": (f"--patch-size 3 --cluster-size {s}", "") for s in (2, 4)}
