@@ -22,18 +22,19 @@ QUARTER, HALF = "--visible 0.25 --epochs 56", "--visible 0.5 --epochs 42"
 
 RATES = "4e-2", "8e-2", "1.6e-1", "3.2e-1"  # of finetuning
 
-# what is predicted, by which decoder and in which order, other than the default: flags of the model, and the
-# finetuning's rate that `unit-tune` or `order-tune` found best, if not the default's
+# what is predicted, by which decoder and in which order: flags of the model, and of the finetuning the rate that
+# `tune` (for the default, once pretrained), `unit-tune` or `order-tune` found best
+TWICE = "--base-lr 1.6e-1"
 UNITS = {
     "clusters of 1x1": ("--cluster-size 1", ""),
-    "clusters of 3x3": ("--cluster-size 3", "--base-lr 1.6e-1"),
+    "clusters of 3x3": ("--cluster-size 3", TWICE),
     "pixels not normalised": ("--no-norm-pix", ""),
-    "decoder of one block": ("--decoder-depth 1", "--base-lr 1.6e-1"),
+    "decoder of one block": ("--decoder-depth 1", TWICE),
     "decoder half as wide": ("--decoder-dim 32", ""),
+    "patches of 3 pixels: clusters of 2x2": ("--patch-size 3 --cluster-size 2", ""),
+    "patches of 3 pixels: clusters of 4x4": ("--patch-size 3 --cluster-size 4", TWICE),
 }
-UNITS |= {f"patches of 3 pixels: clusters of {s}x{s}": (f"--patch-size 3 --cluster-size {s}", "") for s in (2, 4)}
-ORDER_RATES = {"column": "--base-lr 1.6e-1", "random": "--base-lr 1.6e-1"}
-OTHER_ORDERS = {order: (f"--order {order}", ORDER_RATES.get(order, "")) for order in ORDERS[1:]}
+OTHER_ORDERS = {order: (f"--order {order}", "" if order == "row-reversed" else TWICE) for order in ORDERS[1:]}
 
 # labels and finetuning steps: the default run has 100 and 150
 LENGTHS = {"100 labels, 150 steps": "", "100 labels, 300 steps": "--max-steps 300"}
@@ -103,9 +104,9 @@ STUDIES = {
         )
     },
     "unit-tune": rates(*RATES, **{row: (model, HELD) for row, (model, _) in UNITS.items()}),
-    "unit": {"clusters of 2x2 patches, pixels normalised": ("", "")} | UNITS,
+    "unit": {"clusters of 2x2 patches, pixels normalised": ("", TWICE)} | UNITS,
     "order-tune": rates(*RATES, **{row: (model, HELD) for row, (model, _) in OTHER_ORDERS.items()}),
-    "order": {"row": ("", "")} | OTHER_ORDERS,
+    "order": {"row": ("", TWICE)} | OTHER_ORDERS,
     "directions-tune": rates(*RATES, **sides("four directions, ", "", f"{HELD} --directions 4")),
     "directions": {
         "pretrained: one direction": ("", ""),
