@@ -115,7 +115,7 @@ STUDIES = {
         "from scratch: one direction": (None, ""),
         "from scratch: four directions": (None, "--directions 4"),
     },
-    "masked-tune": {  # first the pretraining's rate, four settings for each side, then the finetuning's
+    "masked-tune": {  # the pretraining's rate, four settings for each side
         f"{name}, base lr {x}": (f"{pre} --base-lr {x}".strip(), HELD)
         for name, pre, values in (
             ("autoregressive", "", ("1.2e-2", "2.4e-2", "4.8e-2", "9.6e-2")),
@@ -123,8 +123,8 @@ STUDIES = {
             ("masked, half visible", HALF, ("4.8e-2",)),
         )
         for x in values
-    }
-    | rates("4e-2", "1.6e-1", "3.2e-1", masked_finetuned=(f"{QUARTER} --base-lr 2.4e-2", HELD)),
+    },
+    "masked-finetuning-tune": rates(*RATES, masked=(f"{QUARTER} --base-lr 2.4e-2", HELD)),
     "masked": {
         "autoregressive": ("", ""),
         "masked, equal time": (f"{QUARTER} --base-lr 2.4e-2", ""),
