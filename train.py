@@ -124,9 +124,9 @@ def parse(parser: argparse.ArgumentParser, presets: dict, argv, **inherited) -> 
     preset = given.preset or inherited.get("preset") or ("folder" if given.data else "digits")
     if given.data and (preset == "digits" or preset != given.preset and preset in ("fashion-mnist", "cifar10")):
         raise ValueError(f"--data {given.data}, but the preset is {preset}: add --preset folder for images of your own")
-    cropping = [name for name in ("flip", "min_crop", "eval_crop", "eval_resize") if name in vars(given)]
-    if preset == "digits" and (set_ := [x for x in cropping if getattr(given, x) != parser.get_default(x)]):
-        raise ValueError(f"--{set_[0].replace('_', '-')}: digits are placed at random, not cropped: leave it out")
+    for name in ("flip", "min_crop", "eval_crop", "eval_resize") if preset == "digits" else ():
+        if getattr(given, name, None) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')}: digits are placed at random, not cropped: leave it out")
     images = (given.batch_size or 0) * given.accum * PROCESSES
     if images and given.effective_batch and images != given.effective_batch:
         shares = f"--batch-size {given.batch_size} x {given.accum} accumulated x {PROCESSES} processes"

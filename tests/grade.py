@@ -8,6 +8,7 @@ two minutes, and then meets this repository's checks, whatever became of its own
 and could outwit a check: use a container, and look at surprising marks.
 """
 
+import functools
 import os
 
 import nbclient
@@ -61,8 +62,8 @@ def run(path) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def marks():
     """path -> run(path), each notebook run once."""
-    known, os.environ["ARMAMBA_TEST"] = {}, "1"  # the notebooks' own runs are cut short
-    return lambda path: known[path] if path in known else known.setdefault(path, run(path))
+    os.environ["ARMAMBA_TEST"] = "1"  # the notebooks' own runs are cut short
+    return functools.cache(run)
 
 
 def test_exercise(marks, path, name):

@@ -767,6 +767,11 @@ def test_load_from_a_grid_that_is_not_square(make):
     assert torch.equal(loaded(images), model(images))
 
 
+def test_positions_need_four_equal_parts():
+    with pytest.raises(ValueError, match="6 channels must be divisible by 4"):
+        armamba.sincos_positions(6, (2, 2))
+
+
 def test_a_grid_is_not_taken_for_a_square_one():
     """Of 4 x 16 patches the number alone does not tell; an ARM's fixed positions do."""
     config = replace(TINY, image_size=(4 * TINY.patch_size, 16 * TINY.patch_size))
