@@ -13,10 +13,13 @@ HELD = "--holdout 300"
 FASHION = "--preset fashion-mnist"
 FASHION_HELD = f"{FASHION} --labels 1000 --max-steps 300 --holdout 2000"
 BUDGETS = {100: 150, 1000: 300, 10000: 500}  # labels: finetuning steps; the pretraining takes the time of 450 more
-# CIFAR-10, all of it: for a GPU. 10 epochs, 7,810 steps with one direction, are taken for 5,200 with four
-CIFAR = "--preset cifar10"
-CIFAR_HELD = f"{CIFAR} --labels 5000 --max-steps 1000 --holdout 5000"
-CIFAR_BUDGETS = {500: 500, 5000: 1000, 50000: 4000}
+# CIFAR-10, all of it: for a GPU; rates chosen after shorter runs
+CIFAR, MORE_IMAGES = "--preset cifar10 --effective-batch 256", "from scratch, the images of both stages"
+CIFAR_MODEL = f"{CIFAR} --base-lr 6e-3"
+CIFAR_LONG = f"{CIFAR_MODEL} --epochs 10 --warmup-epochs 1"
+CIFAR_HELD = f"{CIFAR} --labels 5000 --max-steps 300 --holdout 5000"
+CIFAR_BUDGETS = {500: 200, 5000: 400, 50000: 800}  # 10 epochs of pretraining are 1950 steps
+CIFAR_TENTH = f"{CIFAR} --labels 5000 --max-steps 400"
 # masked.py, in about the time of 28 of ARM's epochs
 QUARTER, HALF = "--visible 0.25 --epochs 56", "--visible 0.5 --epochs 42"
 
@@ -61,12 +64,12 @@ def sides(kind: str, model: str, finetuning: str) -> dict:
     return {f"{kind}pretrained": (model, finetuning), f"{kind}from scratch": (None, f"{model} {finetuning}".strip())}
 
 
-def by_labels(model: str, finetuning: str, budgets: dict[int, int], more: int) -> dict:
-    """Both sides with some and with all labels, and from scratch with the steps that the pretraining's time allows."""
+def by_labels(model: str, finetuning: str, budgets: dict[int, int], long: str, more: int) -> dict:
+    """Both sides with some and with all labels, and from scratch for longer."""
     return {
         f"{n} labels: {name}": (pre, f"{finetuning} --labels {n} --max-steps {steps + extra}")
         for n, steps in budgets.items()
-        for name, pre, extra in ((PRETRAINED, model, 0), (SCRATCH, None, 0), (LONG, None, more))
+        for name, pre, extra in ((PRETRAINED, model, 0), (SCRATCH, None, 0), (long, None, more))
     }
 
 
@@ -89,11 +92,20 @@ STUDIES = {
     "fashion-tune": rates(
         "1e-2", "2e-2", "4e-2", pretrained=(FASHION, FASHION_HELD), from_scratch=(None, FASHION_HELD)
     ),
-    "fashion": by_labels(FASHION, FASHION, BUDGETS, 450),
+    "fashion": by_labels(FASHION, FASHION, BUDGETS, LONG, 450),
     "cifar10-tune": rates(
-        "2e-3", "4e-3", "8e-3", pretrained=(f"{CIFAR} --epochs 10", CIFAR_HELD), from_scratch=(None, CIFAR_HELD)
+        *("2.5e-3", "5e-3", "1e-2"),
+        pretrained=(f"{CIFAR_MODEL} --epochs 4 --warmup-epochs 0.4", CIFAR_HELD),
+        from_scratch=(None, CIFAR_HELD),
     ),
-    "cifar10": by_labels(f"{CIFAR} --epochs 10", CIFAR, CIFAR_BUDGETS, 5200),
+    "cifar10": by_labels(CIFAR_LONG, CIFAR, CIFAR_BUDGETS, MORE_IMAGES, 1950),
+    "cifar10-parts": {  # at the rates of the first
+        "four directions, copied": (CIFAR_LONG, CIFAR_TENTH),
+        "one direction": (CIFAR_LONG, f"{CIFAR_TENTH} --directions 1"),
+        "four directions, three of them fresh": (CIFAR_LONG, f"{CIFAR_TENTH} --fresh-directions"),
+        "clusters of 1x1": (f"{CIFAR_LONG} --cluster-size 1", CIFAR_TENTH),
+        "clusters of 4x4": (f"{CIFAR_LONG} --cluster-size 4", CIFAR_TENTH),
+    },
     "frozen": {
         f"{kind}: {name}": (pre, f"--probe {what}")
         for kind in ("nearest neighbours", "linear classifier")
