@@ -35,6 +35,12 @@ from torch import Tensor, nn
 from torch.library import custom_op
 from torch.utils.checkpoint import checkpoint
 
+try:  # comes along with PyTorch for NVIDIA GPUs on Linux
+    import triton
+    import triton.language as tl
+except Exception:  # it is not there, or broken
+    triton, tl = None, argparse.Namespace(constexpr=None)
+
 ORDERS = ("row", "row-reversed", "column", "random")
 log = logging.getLogger("armamba")
 
@@ -268,15 +274,141 @@ def _scan_layout(u, delta, A, B, C, D, bias):
     return u, delta, A, A * math.log2(math.e), B, C, D, bias
 
 
-# Registered operators, so that torch.compile sees one node and not a loop. `kernel` is mamba-ssm's; only its extension
+# The same for GPUs, in Triton. A program walks through one image with the states of a few channels in registers. It
+# keeps the state before every _STEPS steps; going back it recomputes the others, in two halves. Sums over images and
+# channels are left to PyTorch, in a fixed order, so that results repeat to the bit. In memory sequences are (b, l, d)
+# or (b, l, g, n), states (b, n, d). The grid is (blocks of K of the k = d / g channels, b, g); A comes times log2(e).
+_STATES, _STEPS, _jit = 512, 8, triton.jit if triton else lambda function: function
+
+
+@_jit
+def _triton_load(A, D, bias, k, n: tl.constexpr, K: tl.constexpr):
+    """A (n, K), D and bias of this program's channels; where the channels and their states are, and which exist."""
+    i, j, d = tl.arange(0, n)[:, None], tl.program_id(0) * K + tl.arange(0, K), tl.num_programs(2) * k
+    channel, there = tl.program_id(2) * k + j, j < k
+    state, all_there = i * d + channel[None, :], (0 * i + j[None, :]) < k
+    A, D = tl.load(A + state, all_there, 0.0), tl.load(D + channel, there, 0.0)
+    bias = tl.load(bias + channel, there, 0.0)
+    return A, D, bias, tl.program_id(1) * d + channel, there, tl.program_id(1).to(tl.int64) * n * d + state, all_there
+
+
+@_jit
+def _triton_step(u, delta, B, C, bias, t, l, k, softplus: tl.constexpr, n: tl.constexpr, K: tl.constexpr):
+    """Of step t: where its channels and states are, and which exist; u, delta + bias, the step size, B and C, or 0."""
+    i, j = tl.arange(0, n), tl.program_id(0) * K + tl.arange(0, K)
+    token = (tl.program_id(1).to(tl.int64) * l + t) * tl.num_programs(2) + tl.program_id(2)
+    at, row, inside, rows = token * k + j, token * n + i, (j < k) & (0 * j + t < l), 0 * i + t < l
+    u_t, raw = tl.load(u + at, inside, 0.0).to(tl.float32), tl.load(delta + at, inside, 0.0).to(tl.float32) + bias
+    delta_t = raw
+    if softplus:  # log(1 + e), for small e by its series
+        e = tl.exp(raw)
+        series = e * (1 - e * (1 / 2 - e * (1 / 3 - e * (1 / 4 - e / 5))))
+        delta_t = tl.where(raw > 20, raw, tl.where(e < 0.03, series, tl.log(1 + e)))
+    B_t, C_t = tl.load(B + row, rows, 0.0).to(tl.float32), tl.load(C + row, rows, 0.0).to(tl.float32)
+    return at, row, inside, rows, u_t, raw, tl.where(inside, delta_t, 0.0), B_t[:, None], C_t[:, None]
+
+
+@_jit
+def _triton_walk(h, u, delta, A, B, C, bias, t, l, k, softplus: tl.constexpr, n: tl.constexpr, K: tl.constexpr):
+    """The state after step t, from the one before; then as _triton_step."""
+    at, row, inside, rows, u_t, raw, delta_t, B_t, C_t = _triton_step(u, delta, B, C, bias, t, l, k, softplus, n, K)
+    return tl.exp2(delta_t[None, :] * A) * h + (delta_t * u_t)[None, :] * B_t, at, inside, u_t, C_t
+
+
+# fmt: off
+@_jit
+def _triton_forward(u, delta, A, B, C, D, bias, y, last, entries, l, k, softplus: tl.constexpr, save: tl.constexpr,
+                    n: tl.constexpr, K: tl.constexpr, steps: tl.constexpr):
+    A, D, bias, channel, there, state, all_there = _triton_load(A, D, bias, k, n, K)
+    h, images = tl.zeros((n, K), tl.float32), tl.num_programs(1).to(tl.int64) * tl.num_programs(2) * k * n
+    for start in range(0, l, steps):
+        if save:
+            tl.store(entries + start // steps * images + state, h, all_there)
+        for s in tl.static_range(steps):
+            h, at, inside, u_t, C_t = _triton_walk(h, u, delta, A, B, C, bias, start + s, l, k, softplus, n, K)
+            tl.store(y + at, tl.sum(h * C_t, 0) + D * u_t, inside)
+    tl.store(last + state, h, all_there)
+
+
+@_jit
+def _triton_backward(grad, entries, u, delta, A, B, C, D, bias, du, ddelta, dA, dB, dC, dD, dbias, l, k,
+                     softplus: tl.constexpr, n: tl.constexpr, K: tl.constexpr, half: tl.constexpr):
+    A, D, bias, channel, there, state, all_there = _triton_load(A, D, bias, k, n, K)
+    carry, sum_A, sum_D = tl.zeros((n, K), tl.float32), tl.zeros((n, K), tl.float32), tl.zeros((K,), tl.float32)
+    sum_bias, images = tl.zeros((K,), tl.float32), tl.num_programs(1).to(tl.int64) * tl.num_programs(2) * n
+    for start in range((l - 1) // half * half, -1, -half):
+        h = tl.load(entries + start // (2 * half) * images * k + state, all_there, 0.0)
+        if start // half % 2 == 1:
+            for s in tl.static_range(half):
+                h, _, _, _, _ = _triton_walk(h, u, delta, A, B, C, bias, start - half + s, l, k, softplus, n, K)
+        hs = (h,)
+        for s in tl.static_range(half - 1):
+            h, _, _, _, _ = _triton_walk(h, u, delta, A, B, C, bias, start + s, l, k, softplus, n, K)
+            hs = hs + (h,)
+        for s in tl.static_range(half - 1, -1, -1):
+            at, row, inside, rows, u_t, raw, delta_t, B_t, C_t = _triton_step(
+                u, delta, B, C, bias, start + s, l, k, softplus, n, K)
+            grad_t, x_t = tl.load(grad + at, inside, 0.0).to(tl.float32), (delta_t * u_t)[None, :]
+            decay, G = tl.exp2(delta_t[None, :] * A), C_t * grad_t[None, :] + carry
+            before = decay * hs[s]
+            W, carry = before * G, decay * G
+            row += tl.program_id(0) * images * l  # each block of channels has its own part of dB and dC
+            tl.store(dB + row, tl.sum(G * x_t, 1), rows)
+            tl.store(dC + row, tl.sum((before + x_t * B_t) * grad_t[None, :], 1), rows)
+            dx = tl.sum(G * B_t, 0)
+            tl.store(du + at, dx * delta_t + D * grad_t, inside)
+            dx = tl.sum(W * A, 0) * 0.6931471805599453 + dx * u_t  # of the step size; log(2) for A's log2(e)
+            dx = dx * tl.sigmoid(raw) if softplus else dx
+            tl.store(ddelta + at, dx, inside)
+            sum_A += W * delta_t[None, :]
+            sum_D += grad_t * u_t
+            sum_bias += tl.where(inside, dx, 0.0)
+    tl.store(dA + state, sum_A, all_there)
+    tl.store(dD + channel, sum_D, there)
+    tl.store(dbias + channel, sum_bias, there)
+# fmt: on
+
+
+def _triton_setup(u, delta, A, B, C):
+    """Inputs as they are to be in memory; the grid; l, k and, by name, n and K."""
+    (b, d, l), (g, n), K = u.shape, B.shape[1:3], _STATES // A.shape[1]
+    u, delta, B, C = (x.movedim(-1, 1).contiguous() for x in (u, delta, B, C))
+    A = (A.mT * math.log2(math.e)).contiguous()  # (n, d)
+    return (u, delta, A, B, C), (triton.cdiv(d // g, K), b, g), (l, d // g), dict(n=n, K=K, num_warps=1)
+
+
+def _triton_scan(u, delta, A, B, C, D, bias, softplus, save):
+    inputs, grid, sizes, more = _triton_setup(u, delta, A, B, C)
+    y, shape = torch.empty_like(inputs[0]), (len(u), *inputs[2].shape)
+    last, entries = A.new_empty(shape), A.new_empty(triton.cdiv(u.shape[2], _STEPS) if save else 0, *shape)
+    with torch.cuda.device_of(u):  # there may be several
+        _triton_forward[grid](*inputs, D, bias, y, last, entries, *sizes, softplus, save, **more, steps=_STEPS)
+    return y.mT, last.mT.contiguous(), entries
+
+
+def _triton_scan_backward(grad, entries, u, delta, A, B, C, D, bias, softplus):
+    inputs, grid, sizes, more = _triton_setup(u, delta, A, B, C)
+    du, ddelta, (dB, dC) = *map(torch.empty_like, inputs[:2]), A.new_empty(2, grid[0], *inputs[3].shape)
+    dA, dD, dbias = (A.new_empty(len(u), *x.shape) for x in (inputs[2], D, bias))
+    outputs = du, ddelta, dA, dB, dC, dD, dbias
+    grad = grad.mT.contiguous()
+    with torch.cuda.device_of(u):
+        _triton_backward[grid](grad, entries, *inputs, D, bias, *outputs, *sizes, softplus, **more, half=_STEPS // 2)
+    dB, dC = (dx.sum(0).to(x.dtype).movedim(1, -1) for dx, x in ((dB, B), (dC, C)))
+    return [du.mT, ddelta.mT, dA.sum(0).mT.contiguous(), dB, dC, dD.sum(0), dbias.sum(0)]
+
+
+# Registered operators, so that torch.compile sees one node and not a loop. "kernel" is mamba-ssm's; only its extension
 # module is used, since importing the mamba_ssm package brings in unrelated models and what they depend on.
-_ARGS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor bias, bool softplus, bool kernel"
+_ARGS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor bias, bool softplus, str backend"
 
 
 @custom_op("armamba::fast_scan", mutates_args=(), schema=f"({_ARGS}, bool save) -> (Tensor, Tensor, Tensor)")
-def _scan(u, delta, A, B, C, D, bias, softplus, kernel, save):
+def _scan(u, delta, A, B, C, D, bias, softplus, backend, save):
     """Returns y (b, d, l); h_l (b, d, n); what the backward pass needs, here the state before each chunk if `save`."""
-    if kernel:
+    if backend == "triton":
+        return _triton_scan(u, delta, A, B, C, D, bias, softplus, save)
+    if backend == "kernel":
         y, x = importlib.import_module("selective_scan_cuda").fwd(u, delta, A, B, C, D, None, bias, softplus)  # no gate
         return y, x[:, :, -1, 1::2].contiguous(), x  # x: (b, d, chunks of 2,048 steps, 2n)
     (b, d, l), (g, n), steps = u.shape, B.shape[1:3], _chunk_length(u, A.shape[1])
@@ -298,13 +430,15 @@ def _scan(u, delta, A, B, C, D, bias, softplus, kernel, save):
 
 
 @custom_op("armamba::fast_scan_backward", mutates_args=(), schema=f"(Tensor grad, Tensor saved, {_ARGS}) -> Tensor[]")
-def _scan_backward(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
+def _scan_backward(grad, saved, u, delta, A, B, C, D, bias, softplus, backend):
     """Gradients of u, delta, A, B, C, D and bias. From the last step to the first, with G_t = dL/dh_t:
 
     G_t = C_t dL/dy_t + exp(delta_{t+1} A) G_{t+1}
     W_t = dL/d(delta_t A) = exp(delta_t A) G_t h_{t-1}      dL/d(delta_t u_t) = B_t . G_t
     """
-    if kernel:
+    if backend == "triton":
+        return _triton_scan_backward(grad, saved, u, delta, A, B, C, D, bias, softplus)
+    if backend == "kernel":
         # no gate, so neither the output nor a place for its gradient
         inputs = u, delta, A, B, C, D, None, bias, grad, saved, None, None, softplus, False
         return list(importlib.import_module("selective_scan_cuda").bwd(*inputs)[:7])
@@ -347,26 +481,30 @@ def _scan_backward(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
 
 
 @_scan.register_fake  # shapes and layouts of the outputs, for torch.compile
-def _(u, delta, A, B, C, D, bias, softplus, kernel, save):
+def _(u, delta, A, B, C, D, bias, softplus, backend, save):
     (b, d, l), (g, n) = u.shape, B.shape[1:3]
-    if kernel:
+    if backend == "kernel":
         return torch.empty_like(u), A.new_empty(b, d, n), A.new_empty(b, d, -(-l // 2048), 2 * n)
+    if backend == "triton":
+        entries = A.new_empty(-(-l // _STEPS) if save else 0, b, n, d)
+        return u.new_empty(b, l, d).mT, A.new_empty(b, d, n), entries
     chunks = -(-l // _chunk_length(u, n)) if save else 0
     h, entries = A.new_empty(b, g, n, d // g), A.new_empty(chunks, b, g, n, d // g)
     return u.new_empty(b, l, d).mT, h.mT.reshape(b, d, n), entries
 
 
 @_scan_backward.register_fake
-def _(grad, saved, u, delta, A, B, C, D, bias, softplus, kernel):
-    if kernel:
+def _(grad, saved, u, delta, A, B, C, D, bias, softplus, backend):
+    if backend == "kernel":
         return [torch.empty_like(x) for x in (u, delta, A, B, C, D, bias)]
     du, ddelta, dB, dC = (x.new_empty(x.movedim(-1, 1).shape).movedim(1, -1) for x in (u, delta, B, C))
     dA = A.new_empty(B.shape[1], A.shape[1], len(A) // B.shape[1]).mT.reshape(A.shape)
+    dA = torch.empty_like(A) if backend == "triton" else dA
     return [du, ddelta, dA, dB, dC, torch.empty_like(D), torch.empty_like(bias)]
 
 
 def _scan_setup(ctx, inputs, output):
-    *tensors, ctx.softplus, ctx.kernel, _ = inputs
+    *tensors, ctx.softplus, ctx.backend, _ = inputs
     ctx.set_materialize_grads(False)  # none come for h_l and the states
     ctx.save_for_backward(output[2], *tensors)
 
@@ -374,8 +512,8 @@ def _scan_setup(ctx, inputs, output):
 def _scan_grad(ctx, grad, *_):
     if grad is None:
         return (None,) * 10
-    grad = grad.contiguous() if ctx.kernel else grad  # out here, where torch.compile can fuse it
-    return *_scan_backward(grad, *ctx.saved_tensors, ctx.softplus, ctx.kernel), None, None, None
+    grad = grad.contiguous() if ctx.backend == "kernel" else grad  # out here, where torch.compile can fuse it
+    return *_scan_backward(grad, *ctx.saved_tensors, ctx.softplus, ctx.backend), None, None, None
 
 
 _scan.register_autograd(_scan_grad, setup_context=_scan_setup)
@@ -391,21 +529,27 @@ def _once(probe):
 
 
 @_once
-def scan_backend(device_type: str) -> tuple[str, str]:
-    """What `selective_scan` uses on "cuda", "cpu", ...: "kernel" or "torch", and why. Said once in the log."""
-    name, why, level = "torch", "the mamba-ssm kernel runs on CUDA GPUs only", logging.INFO
-    if device_type == "cuda":
-        try:  # some builds import, and fail only when called: so, one tiny real call
-            u, B = torch.ones(1, 2, 3, device="cuda"), torch.ones(1, 1, 4, 3, device="cuda")
-            A, D = -torch.ones(2, 4, device="cuda"), torch.ones(2, device="cuda")
-            y = _scan(u, u, A, B, B, D, D, True, True, False)[0]
-            torch.testing.assert_close(y, selective_scan_ref(u, u, A, B, B, D, None, D, True), rtol=1e-3, atol=1e-3)
-            name, why = "kernel", "the mamba-ssm kernel is installed and gives the right numbers"
+def scan_backend(device_type: str, among: tuple[str, ...] = ("triton", "kernel")) -> tuple[str, str]:
+    """What `selective_scan` uses on "cuda", "cpu", ...: the first of these that works, or "torch"; and why."""
+    reasons, level = [] if device_type == "cuda" else ["the kernels run on CUDA GPUs only"], logging.INFO
+    for name in among if device_type == "cuda" else ():
+        try:  # some builds import, and fail only when called: so, a tiny real call, there and back
+            with torch.inference_mode(False), torch.enable_grad():
+                u, B = torch.ones(1, 2, 9, device="cuda"), torch.ones(1, 1, 4, 9, device="cuda")
+                A, D = -torch.ones(2, 4, device="cuda"), torch.ones(2, device="cuda")
+                y, _, saved = _scan(u, u, A, B, B, D, D, True, name, True)
+                du = _scan_backward(torch.ones_like(y), saved, u, u, A, B, B, D, D, True, name)[0]
+                want = selective_scan_ref(u.requires_grad_(), u.detach(), A, B, B, D, None, D, True)
+                want = want, torch.autograd.grad(want.sum(), u)[0]
+                torch.testing.assert_close((y, du), want, rtol=1e-3, atol=1e-3)
+            reasons.append(f"{name} works and gives the right numbers")
+            break
         except Exception as error:  # whatever a foreign extension may raise
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            why, level = f"no mamba-ssm kernel, see requirements-gpu.txt ({reason})", logging.WARNING
-    log.log(level, "selective scan on %s: backend %r, %s", device_type, name, why)
-    return name, why
+            reasons.append(f"no {name} ({type(error).__name__}: {error})".splitlines()[0])
+    else:
+        name, level = "torch", logging.WARNING if device_type == "cuda" else level
+    log.log(level, "selective scan on %s: backend %r, %s", device_type, name, "; ".join(reasons))
+    return name, "; ".join(reasons)
 
 
 def selective_scan(
@@ -419,36 +563,35 @@ def selective_scan(
         B, C: how the state is written and read, (b, n, l), or (b, g, n, l) if channel i reads group i // (d / g).
         D, delta_bias: (d,) or None. z: gate (b, d, l) or None. delta_softplus: see the formula.
         return_last_state: also return h_l, (b, d, n); no gradient passes through it, as in the kernel.
-        backend: "ref" the loop, "torch" the fast scan, "kernel" mamba-ssm's, "auto" the fastest that can do this call:
-            the kernel takes CUDA tensors of at most 32 bits and n <= 256. Tensors may be fp64, fp32, bf16 or fp16,
-            also mixed; the state is fp32 or wider, under autocast too.
+        backend: "ref" the loop, "torch" the fast scan, "triton" ours for GPUs, "kernel" mamba-ssm's, "auto" the fastest
+            that can do this call: the last two take CUDA tensors of at most 32 bits, with n a power of two up to 64, or
+            n <= 256. Tensors may be fp64, fp32, bf16 or fp16, also mixed; the state is fp32 or wider, also in autocast.
 
     Returns: y (b, d, l) in u's dtype, or (y, h_l). First derivatives in reverse mode; backend "ref" has the others too.
-    Raises: ValueError on shapes, types or devices that do not fit; RuntimeError if backend="kernel" cannot be had.
+    Raises: ValueError on shapes, types or devices that do not fit; RuntimeError if a GPU backend cannot be had.
     """
-    _require(backend in ("auto", "ref", "torch", "kernel"), f"backend {backend!r} is none of auto, ref, torch, kernel")
+    names = ("auto", "ref", "torch", "triton", "kernel")
+    _require(backend in names, f"backend {backend!r} is none of {', '.join(names)}")
     if backend == "ref":
         return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     B, C, dtype = _check_scan(u, delta, A, B, C, D, z, delta_bias)
-    name, why = scan_backend(u.device.type) if backend != "torch" else ("torch", "")
-    if name == "kernel" and (dtype != torch.float32 or A.shape[1] > 256):
-        name, why = "torch", "it takes tensors of at most 32 bits and n <= 256"
-    if backend == "kernel" and name != "kernel":
-        raise RuntimeError(f"backend='kernel' cannot be used: {why}. backend='auto' takes what there is")
+    n, fits = A.shape[1], dict(triton="n a power of two up to 64", kernel="n up to 256")
+    able = dict(triton=n in (1, 2, 4, 8, 16, 32, 64), kernel=n <= 256) if dtype == torch.float32 else {}
+    wanted = tuple([name for name in fits if backend in ("auto", name) and able.get(name)])
+    why = f"it takes tensors of at most 32 bits and {fits.get(backend)}"
+    name, why = scan_backend(u.device.type, wanted) if wanted else ("torch", why)
+    if backend in fits and name != backend:
+        raise RuntimeError(f"backend={backend!r} cannot be used: {why}. backend='auto' takes what there is")
 
     D, bias = (A.new_zeros(len(A)) if x is None else x for x in (D, delta_bias))
     A, D, bias = (x.to(dtype).contiguous() for x in (A, D, bias))  # the operators take the state's dtype from A
-    y_dtype, l, kernel = u.dtype, u.shape[2], name == "kernel"
-    if kernel:
+    y_dtype = u.dtype
+    if name == "kernel":
         widest = functools.reduce(torch.promote_types, (x.dtype for x in (u, delta, B, C)))
-        # it works in blocks of so many steps, faster if the last is full; padding is cut off y, but would age the state
-        block = next((size for size in (128, 256, 512, 1024) if l <= size), 2048)
-        pad = 0 if return_last_state or l <= 64 else -l % block  # never more than doubles the memory
-        u, delta, B, C = ((F.pad(x, (0, pad)) if pad else x).to(widest).contiguous() for x in (u, delta, B, C))
+        u, delta, B, C = (x.to(widest).contiguous() for x in (u, delta, B, C))
     inputs = u, delta, A, B, C, D, bias
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    y, h, _ = _scan(*inputs, delta_softplus, kernel, save)
-    y = y[:, :, :l]
+    y, h, _ = _scan(*inputs, delta_softplus, name, save)
     y = (y if z is None else y * F.silu(z)).to(y_dtype)
     return (y, h.detach()) if return_last_state else y
 
@@ -903,7 +1046,7 @@ def load_official(checkpoint, *, pool="mean", image_size=None, grid=None, weight
     fits = isinstance(grid, tuple | list) and len(grid) == 2 and math.prod(grid) == l
     _require(fits, f"a grid of {grid} does not hold {l} positions: give grid=(rows, columns)")
     if arm:  # whose positions are fixed, and tell
-        own = torch.allclose(state["pos_embed"].float(), sincos_positions(d, grid).float(), atol=1e-2)
+        own = torch.allclose(state["pos_embed"].float().cpu(), sincos_positions(d, grid).float(), atol=1e-2)
         _require(own, f"the positions in this checkpoint are not those of a grid of {tuple(grid)}: give grid=its own")
     depth, decoder_depth = (len({k.split(".")[1] for k in state if k.startswith(x)}) for x in ("layers.", "dec_block."))
     sizes = dict(image_size=(grid[0] * p, grid[1] * p), channels=channels, patch_size=p, d_model=d, depth=depth)

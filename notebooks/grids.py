@@ -15,11 +15,11 @@ FASHION_HELD = f"{FASHION} --labels 1000 --max-steps 300 --holdout 2000"
 BUDGETS = {100: 150, 1000: 300, 10000: 500}  # labels: finetuning steps; the pretraining takes the time of 450 more
 # CIFAR-10, all of it: for a GPU; rates chosen after shorter runs
 CIFAR, MORE_IMAGES = "--preset cifar10 --effective-batch 256", "from scratch, the images of both stages"
-CIFAR_MODEL = f"{CIFAR} --base-lr 6e-3"
-CIFAR_LONG = f"{CIFAR_MODEL} --epochs 10 --warmup-epochs 1"
+CIFAR_LONG = f"{CIFAR} --epochs 10 --warmup-epochs 1"
 CIFAR_HELD = f"{CIFAR} --labels 5000 --max-steps 300 --holdout 5000"
 CIFAR_BUDGETS = {500: 200, 5000: 400, 50000: 800}  # 10 epochs of pretraining are 1950 steps
-CIFAR_TENTH = f"{CIFAR} --labels 5000 --max-steps 400"
+CIFAR_TUNED = f"{CIFAR} --base-lr 2e-2", f"{CIFAR} --base-lr 5e-3"  # pretrained, from scratch
+CIFAR_TENTH = f"{CIFAR_TUNED[0]} --labels 5000 --max-steps 400"
 # masked.py, in about the time of 28 of ARM's epochs
 QUARTER, HALF = "--visible 0.25 --epochs 56", "--visible 0.5 --epochs 42"
 
@@ -64,12 +64,13 @@ def sides(kind: str, model: str, finetuning: str) -> dict:
     return {f"{kind}pretrained": (model, finetuning), f"{kind}from scratch": (None, f"{model} {finetuning}".strip())}
 
 
-def by_labels(model: str, finetuning: str, budgets: dict[int, int], long: str, more: int) -> dict:
-    """Both sides with some and with all labels, and from scratch for longer."""
+def by_labels(model: str, own: tuple[str, str], budgets: dict[int, int], long: str, more: int) -> dict:
+    """Both sides, each with its own flags of finetuning, with some and with all labels; and from scratch for longer."""
+    kinds = (PRETRAINED, model, own[0], 0), (SCRATCH, None, own[1], 0), (long, None, own[1], more)
     return {
         f"{n} labels: {name}": (pre, f"{finetuning} --labels {n} --max-steps {steps + extra}")
         for n, steps in budgets.items()
-        for name, pre, extra in ((PRETRAINED, model, 0), (SCRATCH, None, 0), (long, None, more))
+        for name, pre, finetuning, extra in kinds
     }
 
 
@@ -92,13 +93,13 @@ STUDIES = {
     "fashion-tune": rates(
         "1e-2", "2e-2", "4e-2", pretrained=(FASHION, FASHION_HELD), from_scratch=(None, FASHION_HELD)
     ),
-    "fashion": by_labels(FASHION, FASHION, BUDGETS, LONG, 450),
+    "fashion": by_labels(FASHION, (FASHION, FASHION), BUDGETS, LONG, 450),
     "cifar10-tune": rates(
-        *("2.5e-3", "5e-3", "1e-2"),
-        pretrained=(f"{CIFAR_MODEL} --epochs 4 --warmup-epochs 0.4", CIFAR_HELD),
+        *("2.5e-3", "5e-3", "1e-2", "2e-2"),
+        pretrained=(f"{CIFAR} --epochs 4 --warmup-epochs 0.4", CIFAR_HELD),
         from_scratch=(None, CIFAR_HELD),
     ),
-    "cifar10": by_labels(CIFAR_LONG, CIFAR, CIFAR_BUDGETS, MORE_IMAGES, 1950),
+    "cifar10": by_labels(CIFAR_LONG, CIFAR_TUNED, CIFAR_BUDGETS, MORE_IMAGES, 1950),
     "cifar10-parts": {  # at the rates of the first
         "four directions, copied": (CIFAR_LONG, CIFAR_TENTH),
         "one direction": (CIFAR_LONG, f"{CIFAR_TENTH} --directions 1"),
@@ -184,6 +185,7 @@ EVIDENCE = (
         for question, row in (("On other images?", SCRATCH), ("On other images, at equal total time?", LONG))
         for n in BUDGETS
     ),
+    *(("On photos?", "cifar10", f"{n} labels: {PRETRAINED}", f"{n} labels: {SCRATCH}") for n in (500, 5000)),
     ("With fewer labels?", "length", *(f"30 labels, 150 steps: {row}" for row in (PRETRAINED, "from scratch"))),
     ("Only a head start?", "length", *(f"100 labels, 600 steps: {row}" for row in (PRETRAINED, "from scratch"))),
     *(

@@ -146,17 +146,15 @@ def contestants(args, g) -> dict:
     def ours(backend):
         return lambda *x: selective_scan(*x[:6], None, x[6], True, backend=backend)
 
-    kernel = args.device == "cuda" and armamba.scan_backend("cuda")[0] == "kernel"
     found = {OURS: ours("torch"), "armamba, ref": ours("ref"), "indexing loop": indexing_loop}
-    if kernel:  # it is not padded to whole blocks of steps when the last state is asked for
-        whole = functools.partial(selective_scan, return_last_state=True, backend="kernel")
-        found |= {"kernel": ours("kernel"), "kernel, not padded": lambda *x: whole(*x[:6], None, x[6], True)[0]}
+    kernels = [x for x in ("triton", "kernel") if armamba.scan_backend(args.device, (x,))[0] == x]
+    found |= {name: ours(name) for name in kernels}
     single = {"associative_scan, eager": associative_scan}
     single |= {f.__name__: f for f in (mambapy, transformers) if version(f.__name__)}
     if args.cpp:
         single[CPP_LOOP] = cpp_loop
     if g > 1:
-        single |= {f"{name}, {g} calls": found[name] for name in (OURS, "kernel") if name in found}
+        single |= {f"{name}, {g} calls": found[name] for name in (OURS, *kernels)}
     found |= {name: functools.partial(one_call_per_group, scan) for name, scan in single.items()}
     for scan in found.values():  # so that no time below includes an import or a compilation
         forward(scan, *make_inputs((1, g, 8, 4), "views", DTYPES[args.dtype], args.device))
@@ -244,6 +242,8 @@ def compare(shape_name, layout, args) -> list[dict]:
     rows, times = [], {}
     for name, scan in contestants(args, shape[1]).items():
         rows.append({"shape": shape_name, "layout": layout, "name": name})
+        if name.startswith("triton"):
+            forward_backward(scan, inputs, dy)  # it compiles for the shape at hand
         for part, function in (("forward", forward), ("both", forward_backward)):
             if (name, part) == (CPP_LOOP, "both"):
                 continue

@@ -1,7 +1,7 @@
 """What training costs: time, memory and FLOP/s of a step; what a JPEG loader delivers; hours for ImageNet.
 
     python tests/bench_train.py --quick                                # both stages of a micro model on a CPU, seconds
-    python tests/bench_train.py --backends kernel torch --compile --split --profile --json base.json
+    python tests/bench_train.py --backends triton kernel torch --compile --split --profile --json base.json
     python tests/bench_train.py --stage pretrain --batch-size 256 512  # the aim: 4,000 images/s
     python tests/bench_train.py --variant huge --batch-size 32 64 --grad-checkpoint
     python tests/bench_train.py --loader --rate 4000                   # a minute or two
@@ -184,7 +184,13 @@ def main(argv: list[str] | None = None) -> dict:
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", dest="dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU")
     add("--batch-size", type=int, nargs="+", help="default: 128 on a GPU, 8 on a CPU")
-    add("--backends", nargs="+", choices=("auto", "kernel", "torch", "ref"), default=["auto"], help="of the scan")
+    add(
+        "--backends",
+        nargs="+",
+        choices=("auto", "triton", "kernel", "torch", "ref"),
+        default=["auto"],
+        help="of the scan",
+    )
     for name in ("compile", "grad-checkpoint", "split", "profile", "loader", "quick"):
         add(f"--{name}", action=argparse.BooleanOptionalAction, default=False)
     for name, default in dict(steps=20, warmup=3, threads=torch.get_num_threads(), workers=2).items():

@@ -5,8 +5,10 @@ is run by `pytest -m gpu tests/test_scan.py`; ARMAMBA_REQUIRE_KERNEL=1 makes a m
 """
 
 import functools
+import os
 import random
 import shutil
+import subprocess
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 from bench_scan import peak_memory
-from conftest import have
+from conftest import ROOT, have
 
 import armamba
 from armamba import VARIANTS, ARMConfig, Mixer, VisionMamba, selective_scan
@@ -83,8 +85,8 @@ def oracle(x, softplus=True):
     return run(loop_scan, {k: v.double() for k, v in x.items()}, x["u"].dtype, delta_softplus=softplus)
 
 
-def last_state(x):
-    return loop_scan(**{k: v.double() for k, v in x.items()}, delta_softplus=True)[1]
+def last_state(x, softplus=True):
+    return loop_scan(**{k: v.double() for k, v in x.items()}, delta_softplus=softplus)[1]
 
 
 def error(got, want) -> float:
@@ -278,15 +280,20 @@ def test_memory(layout, forward, both):
     assert measured[0] <= forward and measured[1] <= both
 
 
-@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "kernel", "triton"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("g", [1, 2])
-def test_registered_operators(g, dtype, kernel, pretend_kernel):
-    x = list(make(l=7, g=g, dtype=dtype, layout="contiguous" if kernel else "view", leave_out=("z",)).values())
-    y, _, saved = armamba._scan(*x, True, kernel, True)
-    torch.library.opcheck(armamba._scan_backward, (torch.ones_like(y), saved, *x, True, kernel))
+def test_registered_operators(g, dtype, backend, pretend_kernel, request):
+    layout, checks = "contiguous" if backend == "kernel" else "view", dict()
+    if backend == "triton":
+        request.getfixturevalue("interpreter")
+        checks = dict(test_utils=("test_schema", "test_faketensor"))  # the others take too long in an interpreter
+    x = make(l=7, g=g, dtype=dtype, layout=layout, leave_out=("z",))
+    x = [v.to(FP32) if k in ("A", "D", "delta_bias") else v for k, v in x.items()]
+    y, _, saved = armamba._scan(*x, True, backend, True)
+    torch.library.opcheck(armamba._scan_backward, (torch.ones_like(y), saved, *x, True, backend), **checks)
     x = [v.requires_grad_() for v in x]
-    torch.library.opcheck(armamba._scan, (*x, True, kernel, True))
+    torch.library.opcheck(armamba._scan, (*x, True, backend, True), **checks)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
@@ -340,7 +347,7 @@ def test_wrong_groups_and_backends(backend):
 
 def test_no_kernel_is_a_clear_error():
     """On the CPU there is none, with or without a GPU beside it."""
-    with pytest.raises(RuntimeError, match="backend='kernel' cannot be used: .*(kernel runs on|it takes|no mamba-ssm)"):
+    with pytest.raises(RuntimeError, match="backend='kernel' cannot be used: .*kernels run on"):
         selective_scan(**ONES, backend="kernel")
     assert torch.equal(selective_scan(**ONES), selective_scan(**ONES, backend="torch"))
 
@@ -398,8 +405,9 @@ def pretend_gpu(monkeypatch, pretend_kernel):
     monkeypatch.setattr(torch, "ones", lambda *shape, device=None: ones(*shape))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     probe = pretend_kernel.probe = armamba.scan_backend
-    monkeypatch.setattr(armamba, "scan_backend", lambda device_type: probe("cuda"))
+    monkeypatch.setattr(armamba, "scan_backend", lambda device_type, *among: probe("cuda", *among))
     monkeypatch.setattr(armamba, "_conv_kernel", lambda: None)
+    monkeypatch.setattr(armamba, "_triton_scan", mock.Mock(side_effect=ImportError("no Triton")))
     probe.cache_clear()
     yield pretend_kernel
     probe.cache_clear()
@@ -407,7 +415,7 @@ def pretend_gpu(monkeypatch, pretend_kernel):
 
 @pytest.mark.parametrize("dtype, bound", [(FP32, BOUND), (BF16, 2**-7), (FP16, 2**-10)])
 @pytest.mark.parametrize("g", [None, 4])
-@pytest.mark.parametrize("backend, l", [("kernel", 37), ("auto", 37), ("kernel", 65)])  # 65 steps are padded to 128
+@pytest.mark.parametrize("backend, l", [("kernel", 37), ("auto", 37), ("kernel", 65)])
 def test_kernel_plumbing(backend, l, g, dtype, bound, pretend_gpu):
     x = make(l=l, g=g, dtype=dtype)
     want = oracle(x)
@@ -435,24 +443,12 @@ def test_kernel_casts_mixed_types(pretend_gpu):
         check(run(selective_scan, alone, backend="kernel"), oracle(alone, softplus=False), bound=2**-7)
 
 
-@pytest.mark.parametrize(
-    "l, padded", [(64, 64), (65, 128), (128, 128), (197, 256), (577, 1024), (1025, 2048), (2049, 4096)]
-)
-def test_kernel_gets_whole_blocks(l, padded, pretend_gpu):
-    """Unless the last state is asked for, which padding would change."""
-    x, lengths, fwd = make(b=1, d=2, n=2, l=l), [], pretend_gpu.fwd
-    pretend_gpu.fwd = lambda u, *rest: lengths.append(u.shape[2]) or fwd(u, *rest)
-    assert scan(**x, backend="kernel").shape[2] == l and lengths[-1] == padded
-    scan(**x, backend="kernel", return_last_state=True)
-    assert lengths[-1] == l
-
-
 def test_kernel_runs_the_mixer(pretend_gpu, monkeypatch):
     torch.manual_seed(0)
     x, mixer = torch.randn(2, 17, 64, requires_grad=True), Mixer(VARIANTS["micro"], directions=4)
     leaves, results = [x, *mixer.parameters()], []
     for backend in ("kernel", "torch"):
-        monkeypatch.setattr(armamba, "scan_backend", lambda device_type, name=backend: (name, "as told"))
+        monkeypatch.setattr(armamba, "scan_backend", lambda *_, name=backend: (name, "as told"))
         y = mixer(x, (4, 4), 8)
         results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     for kernel, ours in zip(*results):
@@ -465,7 +461,7 @@ def test_auto_avoids_what_the_kernel_cannot_do(pretend_gpu):
     for x in (make(dtype=FP64), make(n=257), make() | {"A": make(dtype=FP64)["A"]}):
         y, want = (scan(**x, backend=backend) for backend in ("auto", "torch"))
         assert torch.equal(y, want)
-        with pytest.raises(RuntimeError, match="at most 32 bits and n <= 256"):
+        with pytest.raises(RuntimeError, match="at most 32 bits and n up to 256"):
             selective_scan(**x, backend="kernel")
 
 
@@ -495,11 +491,66 @@ def test_faulty_kernel_is_found_once_and_said(fault, pretend_gpu, monkeypatch, c
         selective_scan(**x, backend="kernel")
 
 
+def test_a_scan_that_works_one_way_only_is_not_taken(pretend_gpu, monkeypatch):
+    """As with the Triton of PyTorch 2.6, which cannot compile the way back."""
+    monkeypatch.setattr(armamba, "_triton_scan", lambda *args: armamba._scan(*args[:-1], "torch", args[-1]))
+    for way_back, name in ((mock.Mock(side_effect=AttributeError("no tuples")), "kernel"), (None, "triton")):
+        way_back = way_back or (lambda *args: armamba._scan_backward(*args, "torch"))
+        monkeypatch.setattr(armamba, "_triton_scan_backward", way_back)
+        pretend_gpu.probe.cache_clear()
+        assert pretend_gpu.probe("cuda")[0] == name
+
+
 def test_what_is_used_is_said_once(caplog, pretend_gpu):
     with caplog.at_level("INFO", "armamba"):
         assert [pretend_gpu.probe(kind)[0] for kind in ("cuda", "cpu", "cuda", "cpu")] == ["kernel", "torch"] * 2
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
     assert "cuda: backend 'kernel'" in caplog.text and "cpu: backend 'torch'" in caplog.text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scan in Triton, on a CPU by Triton's interpreter (conftest.py asks for it)
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    have(armamba.triton is not None and "TRITON_INTERPRET" in os.environ, "no Triton that interprets")
+    monkeypatch.setattr(armamba, "scan_backend", lambda *_: ("triton", "as told"))
+
+
+@pytest.mark.parametrize(
+    "l, d, g, n, dtype, bound",
+    [
+        (13, 80, 2, 16, FP32, BOUND),
+        (1, 8, None, 4, FP32, BOUND),
+        (6, 9, 3, 64, FP32, BOUND),
+        (2, 6, 2, 1, FP32, BOUND),
+        (9, 40, 1, 16, FP16, 2**-10),
+        (9, 40, 1, 16, BF16, 2**-6),  # which the interpreter cuts off
+    ],
+)
+def test_triton(l, d, g, n, dtype, bound, interpreter):
+    for softplus in (True, False):
+        x = make(l=l, d=d, g=g, n=n, dtype=dtype, softplus=softplus)
+        got = run(selective_scan, x, delta_softplus=softplus, backend="triton")
+        assert got["y"].dtype == dtype and all(got[k].dtype == x[k].dtype for k in x)
+        check(got, oracle(x, softplus=softplus), bound)
+    y, h = selective_scan(**x, return_last_state=True, backend="triton")
+    assert torch.equal(y, got["y"]) and error(h, last_state(x, softplus=False)) <= BOUND
+
+
+def test_without_triton():
+    """As on a Mac or on Windows."""
+    code = "import sys; sys.modules['triton'] = None; import armamba, torch; print(armamba.triton); x = torch.ones(1, 2, 3)"
+    code += "; print(armamba.selective_scan(x, x, -x[0, :, :1], x[:, :1], x[:, :1]).sum() > 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["None", "tensor(True)"]
+
+
+def test_triton_takes_no_other_state_sizes_and_types(interpreter):
+    for x in (make(n=3), make(n=128), make(dtype=FP64)):
+        with pytest.raises(RuntimeError, match="at most 32 bits and n a power of two up to 64"):
+            selective_scan(**x, backend="triton")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -526,10 +577,11 @@ gpu = pytest.mark.gpu
 KERNEL = {FP32: ({"rtol": 6e-4, "atol": 2e-3}, 3e-5), BF16: ({"rtol": 3e-2, "atol": 5e-2}, 2e-2)}
 
 
-@pytest.fixture
-def kernel(cuda):
-    name, why = armamba.scan_backend("cuda")
-    have(name == "kernel", why)
+@pytest.fixture(params=["triton", "kernel"])
+def kernel(request, cuda):
+    name, why = armamba.scan_backend("cuda", (request.param,))
+    have(name == request.param, why)
+    return request.param
 
 
 @gpu
@@ -538,23 +590,26 @@ def kernel(cuda):
 @pytest.mark.parametrize("l", [1, 128, 145, 197, 577, 2049])
 def test_gpu_kernel(l, g, dtype, kernel):
     x = make(b=2, d=64, l=l, n=16, g=g, dtype=dtype, device="cuda", seed=l)
-    got, want = run(scan, x, backend="kernel"), oracle(x)
+    got, want = run(scan, x, backend=kernel), oracle(x)
     both, bound = KERNEL[dtype]
     torch.testing.assert_close(got["y"].double(), want["y"], **both)
+    if kernel == "triton":
+        again = run(scan, x, backend=kernel)
+        assert all(torch.equal(got[k], again[k]) for k in got)  # to the bit
     if l == 1:  # no state before the only step, so that A has no effect; the kernel's rounding remains
         assert want.pop("A").abs().max() == 0 and got.pop("A").abs().max() < 1e-3
-    check(got, want, bound, f"kernel, {dtype}, l {l}, g {g}")
-    h = scan(**x, return_last_state=True, backend="kernel")[1]
+    check(got, want, bound, f"{kernel}, {dtype}, l {l}, g {g}")
+    h = scan(**x, return_last_state=True, backend=kernel)[1]
     assert error(h, last_state(x)) <= bound
 
 
 @gpu
 def test_gpu_kernel_under_autocast_and_compile(kernel):
-    x = make(b=2, d=64, l=145, n=16, g=4, device="cuda")
+    x, ours = make(b=2, d=64, l=145, n=16, g=4, device="cuda"), functools.partial(scan, backend=kernel)
     want = oracle(x)
     with torch.autocast("cuda", BF16):
-        check(run(scan, x), want, KERNEL[FP32][1], "kernel under autocast")
-    check(run(torch.compile(scan, fullgraph=True), x), want, KERNEL[FP32][1], "kernel, compiled")
+        check(run(ours, x), want, KERNEL[FP32][1], f"{kernel} under autocast")
+    check(run(torch.compile(ours, fullgraph=True), x), want, KERNEL[FP32][1], f"{kernel}, compiled")
 
 
 @gpu
@@ -574,7 +629,7 @@ def test_gpu_mixer_with_causal_conv1d(dtype, bound, cuda, monkeypatch):
     torch.manual_seed(0)
     mixer, x = Mixer(VARIANTS["micro"], 4).cuda(), torch.randn(2, 197, 64, device="cuda", requires_grad=True)
     leaves, results = [x, *mixer.parameters()], []
-    monkeypatch.setattr(armamba, "scan_backend", lambda device_type: ("torch", "to compare convolutions only"))
+    monkeypatch.setattr(armamba, "scan_backend", lambda *_: ("torch", "to compare convolutions only"))
     for conv in (armamba._conv_kernel(), None):
         monkeypatch.setattr(armamba, "_conv_kernel", lambda conv=conv: conv)
         with torch.autocast("cuda", BF16, enabled=dtype == BF16):
@@ -591,8 +646,8 @@ def test_gpu_model_with_kernel(directions, kernel, monkeypatch):
     torch.manual_seed(0)
     model = VisionMamba(ARMConfig(d_model=64, depth=4, image_size=224), 10, directions).cuda()
     images, logits = torch.randn(2, 3, 224, 224, device="cuda"), []
-    for name in ("kernel", "torch"):
-        monkeypatch.setattr(armamba, "scan_backend", lambda device_type, name=name: (name, "as told"))
+    for name in (kernel, "torch"):
+        monkeypatch.setattr(armamba, "scan_backend", lambda *_, name=name: (name, "as told"))
         with torch.no_grad():
             logits.append(model(images))
     print(f"model, {directions} directions: largest error {error(*logits):.1e}")
