@@ -541,8 +541,8 @@ def test_triton(l, d, g, n, dtype, bound, interpreter):
 
 def test_without_triton():
     """As on a Mac or on Windows."""
-    code = "import sys; sys.modules['triton'] = None; import armamba, torch; print(armamba.triton); x = torch.ones(1, 2, 3)"
-    code += "; print(armamba.selective_scan(x, x, -x[0, :, :1], x[:, :1], x[:, :1]).sum() > 0)"
+    code = "import sys; sys.modules['triton'] = None; import armamba, torch; print(armamba.triton)"
+    code += "; x = torch.ones(1, 2, 3); print(armamba.selective_scan(x, x, -x[0, :, :1], x[:, :1], x[:, :1]).sum() > 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["None", "tensor(True)"]
 
