@@ -539,6 +539,13 @@ def test_triton(l, d, g, n, dtype, bound, interpreter):
     assert torch.equal(y, got["y"]) and error(h, last_state(x, softplus=False)) <= BOUND
 
 
+def test_triton_step_sizes(interpreter):
+    """softplus, small and large, each to fp32's precision: with B = C = u = 1 the first y is the step size."""
+    delta, one = torch.linspace(-15, 25, 40)[None, :, None], torch.ones(1, 40, 1)
+    y = scan(one, delta, -one[0], one[:, :1], one[:, :1], backend="triton")
+    torch.testing.assert_close(y.double(), torch.nn.functional.softplus(delta.double()), rtol=3e-6, atol=0)
+
+
 def test_without_triton():
     """As on a Mac or on Windows."""
     code = "import sys; sys.modules['triton'] = None; import armamba, torch; print(armamba.triton)"
