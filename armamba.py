@@ -558,14 +558,15 @@ def selective_scan(
     """The formula of `selective_scan_ref` [Mamba 3.2], fast. Stands in for mamba-ssm's `selective_scan_fn`.
 
     Args:
-        u, delta: input and step sizes, (b, d, l). Transposed views of (b, l, d) tensors cost nothing extra on a CPU.
+        u, delta: input and step sizes, (b, d, l). Transposed views of (b, l, d) tensors are fine; "kernel" copies them.
         A: (d, n), negative: decay rates per unit of delta.
         B, C: how the state is written and read, (b, n, l), or (b, g, n, l) if channel i reads group i // (d / g).
         D, delta_bias: (d,) or None. z: gate (b, d, l) or None. delta_softplus: see the formula.
         return_last_state: also return h_l, (b, d, n); no gradient passes through it, as in the kernel.
-        backend: "ref" the loop, "torch" the fast scan, "triton" ours for GPUs, "kernel" mamba-ssm's, "auto" the fastest
-            that can do this call: the last two take CUDA tensors of at most 32 bits, with n a power of two up to 64, or
-            n <= 256. Tensors may be fp64, fp32, bf16 or fp16, also mixed; the state is fp32 or wider, also in autocast.
+        backend: "ref" the loop, "torch" the fast scan; for GPUs "triton", ours, and "kernel", mamba-ssm's, which take
+            CUDA tensors of at most 32 bits with n a power of two up to 64, or n <= 256. "auto": triton, kernel or
+            torch, the first that works and can do this call. Tensors may be fp64, fp32, bf16 or fp16, also mixed; the
+            state is fp32 or wider, under autocast too.
 
     Returns: y (b, d, l) in u's dtype, or (y, h_l). First derivatives in reverse mode; backend "ref" has the others too.
     Raises: ValueError on shapes, types or devices that do not fit; RuntimeError if a GPU backend cannot be had.
