@@ -42,6 +42,7 @@ except Exception:  # it is not there, or broken
     triton, tl = None, argparse.Namespace(constexpr=None)
 
 ORDERS = ("row", "row-reversed", "column", "random")
+BACKENDS = ("auto", "ref", "torch", "triton", "kernel")  # of the selective scan
 log = logging.getLogger("armamba")
 
 
@@ -571,8 +572,7 @@ def selective_scan(
     Returns: y (b, d, l) in u's dtype, or (y, h_l). First derivatives in reverse mode; backend "ref" has the others too.
     Raises: ValueError on shapes, types or devices that do not fit; RuntimeError if a GPU backend cannot be had.
     """
-    names = ("auto", "ref", "torch", "triton", "kernel")
-    _require(backend in names, f"backend {backend!r} is none of {', '.join(names)}")
+    _require(backend in BACKENDS, f"backend {backend!r} is none of {', '.join(BACKENDS)}")
     if backend == "ref":
         return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     B, C, dtype = _check_scan(u, delta, A, B, C, D, z, delta_bias)

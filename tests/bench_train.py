@@ -184,13 +184,7 @@ def main(argv: list[str] | None = None) -> dict:
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", dest="dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU")
     add("--batch-size", type=int, nargs="+", help="default: 128 on a GPU, 8 on a CPU")
-    add(
-        "--backends",
-        nargs="+",
-        choices=("auto", "triton", "kernel", "torch", "ref"),
-        default=["auto"],
-        help="of the scan",
-    )
+    add("--backends", nargs="+", choices=armamba.BACKENDS, default=["auto"], help="of the scan")
     for name in ("compile", "grad-checkpoint", "split", "profile", "loader", "quick"):
         add(f"--{name}", action=argparse.BooleanOptionalAction, default=False)
     for name, default in dict(steps=20, warmup=3, threads=torch.get_num_threads(), workers=2).items():

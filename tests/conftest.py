@@ -1,4 +1,4 @@
-"""What all tests share. Runs before any test module, hence before torch is imported."""
+"""What all tests share. Runs before any test module: what it sets must be set before torch or armamba is imported."""
 
 import os
 import sys
@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that `import armamba` works from any folder
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on a shared machine
-if not any(Path("/dev").glob("nvidia[0-9]*")):
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # runs Triton's kernels on the CPU
 
 
@@ -20,8 +22,6 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def seed():
     """Every test draws the same numbers, alone or with others."""
-    import torch
-
     torch.manual_seed(0)
 
 
@@ -45,8 +45,6 @@ def have(found: bool, reason: str) -> None:
 @pytest.fixture
 def cuda(monkeypatch) -> str:
     """A GPU, with products in full fp32."""
-    import torch
-
     have(torch.cuda.is_available(), "no CUDA GPU")
     for part in (torch.backends.cuda.matmul, torch.backends.cudnn):
         monkeypatch.setattr(part, "allow_tf32", False)

@@ -321,7 +321,7 @@ WRONG_SHAPES = {
 }
 
 
-@pytest.mark.parametrize("backend", ["ref", "torch", "auto", "kernel"])
+@pytest.mark.parametrize("backend", armamba.BACKENDS)
 @pytest.mark.parametrize("name", WRONG_SHAPES)
 def test_wrong_arguments(name, backend):
     selective_scan(**ONES, backend="ref")  # these fit
@@ -335,7 +335,7 @@ def test_wrong_arguments(name, backend):
         selective_scan(**ONES | {name: ONES[name].to("meta")}, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["ref", "torch", "auto", "kernel"])
+@pytest.mark.parametrize("backend", armamba.BACKENDS)
 def test_wrong_groups_and_backends(backend):
     for B, C in (((2, 3, 3, 5), (2, 3, 3, 5)), ((2, 16, 3, 5), (2, 16, 3, 5))):
         with pytest.raises(ValueError, match="d % g"):
@@ -557,6 +557,11 @@ def test_triton_step_sizes(interpreter):
     delta, one = torch.linspace(-15, 25, 40)[None, :, None], torch.ones(1, 40, 1)
     y = scan(one, delta, -one[0], one[:, :1], one[:, :1], backend="triton")
     torch.testing.assert_close(y.double(), torch.nn.functional.softplus(delta.double()), rtol=3e-6, atol=0)
+
+
+def test_triton_with_no_images(interpreter):
+    got = run(scan, make(b=0), backend="triton")
+    assert got["y"].shape == (0, 8, 7) and got["A"].abs().max() == 0
 
 
 def test_without_triton():
