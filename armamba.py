@@ -370,6 +370,13 @@ def _triton_backward(grad, entries, u, delta, A, B, C, D, bias, du, ddelta, dA, 
 # fmt: on
 
 
+def _scan_outputs(u, A, B, backend, save):
+    """Memory for y, (b, d, l), a view of (b, l, d), and for the states before each chunk if `save`."""
+    (b, d, l), (g, n) = u.shape, B.shape[1:3]
+    steps = _STEPS if backend == "triton" else _chunk_length(u, n)
+    return u.new_empty(b, l, d).mT, A.new_empty(-(-l // steps) if save else 0, b, g, n, d // g)
+
+
 def _triton_setup(u, delta, A, B, C):
     """Inputs as they are to be in memory; the grid; l, k and, by name, n and K."""
     (b, d, l), (g, n), K = u.shape, B.shape[1:3], _STATES // A.shape[1]
@@ -380,11 +387,10 @@ def _triton_setup(u, delta, A, B, C):
 
 def _triton_scan(u, delta, A, B, C, D, bias, softplus, save):
     inputs, grid, sizes, more = _triton_setup(u, delta, A, B, C)
-    y, shape = torch.empty_like(inputs[0]), (len(u), *inputs[2].shape)
-    last, entries = A.new_empty(shape), A.new_empty(triton.cdiv(u.shape[2], _STEPS) if save else 0, *shape)
+    (y, entries), h = _scan_outputs(u, A, B, "triton", save), A.new_empty(len(u), *inputs[2].shape)
     with torch.cuda.device_of(u):  # there may be several
-        _triton_forward[grid](*inputs, D, bias, y, last, entries, *sizes, softplus, save, **more, steps=_STEPS)
-    return y.mT, last.mT.contiguous(), entries
+        _triton_forward[grid](*inputs, D, bias, y, h, entries, *sizes, softplus, save, **more, steps=_STEPS)
+    return y, h.mT.contiguous(), entries
 
 
 def _triton_scan_backward(grad, entries, u, delta, A, B, C, D, bias, softplus):
@@ -407,16 +413,15 @@ _ARGS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor 
 @custom_op("armamba::fast_scan", mutates_args=(), schema=f"({_ARGS}, bool save) -> (Tensor, Tensor, Tensor)")
 def _scan(u, delta, A, B, C, D, bias, softplus, backend, save):
     """Returns y (b, d, l); h_l (b, d, n); what the backward pass needs, here the state before each chunk if `save`."""
-    if backend == "triton":
-        return _triton_scan(u, delta, A, B, C, D, bias, softplus, save)
     if backend == "kernel":
         y, x = importlib.import_module("selective_scan_cuda").fwd(u, delta, A, B, C, D, None, bias, softplus)  # no gate
         return y, x[:, :, -1, 1::2].contiguous(), x  # x: (b, d, chunks of 2,048 steps, 2n)
-    (b, d, l), (g, n), steps = u.shape, B.shape[1:3], _chunk_length(u, A.shape[1])
-    y = u.new_empty(b, l, d).mT
+    if backend == "triton":
+        return _triton_scan(u, delta, A, B, C, D, bias, softplus, save)
+    y, entries = _scan_outputs(u, A, B, backend, save)
+    (b, d, _), (g, n), steps = u.shape, B.shape[1:3], _chunk_length(u, A.shape[1])
     with torch.autocast(u.device.type, enabled=False):
         u, delta, A, A_log2e, B, C, D, bias = _scan_layout(u, delta, A, B, C, D, bias)
-        entries = A.new_empty(-(-l // steps) if save else 0, b, g, n, d // g)
         buffer, h = A.new_empty(steps, b, g, n, d // g), A.new_zeros(b, g, n, d // g)
         sequences = u, delta, B, C, _time_first(y, g)
         for i, (u_i, delta_i, B_i, C_i, y_i) in enumerate(zip(*(x.split(steps) for x in sequences))):
@@ -427,7 +432,7 @@ def _scan(u, delta, A, B, C, D, bias, softplus, backend, save):
             for h_t, x_t, B_t in zip(h_i.unbind(), (delta_i * u_i).unbind(), B_i.mT.unbind()):
                 h = h_t.mul_(h).addcmul_(x_t, B_t)
             torch.addcmul(C_i @ h_i, D, u_i, out=y_i)
-    return y, h.clone().mT.reshape(b, d, n), entries  # a clone, so that the buffer can go
+    return y, h.mT.reshape(b, d, n).contiguous(), entries
 
 
 @custom_op("armamba::fast_scan_backward", mutates_args=(), schema=f"(Tensor grad, Tensor saved, {_ARGS}) -> Tensor[]")
@@ -478,20 +483,16 @@ def _scan_backward(grad, saved, u, delta, A, B, C, D, bias, softplus, backend):
             dx = dx.mul_(raw_i.sigmoid()) if softplus else dx
             dbias += dx.sum((0, 1))
             ddelta_i.copy_(dx)
-    return [du, ddelta, dA.sum(0).mT.reshape(d, n), dB, dC, dD.flatten(), dbias.flatten()]
+    return [du, ddelta, dA.sum(0).mT.reshape(d, n).contiguous(), dB, dC, dD.flatten(), dbias.flatten()]
 
 
 @_scan.register_fake  # shapes and layouts of the outputs, for torch.compile
 def _(u, delta, A, B, C, D, bias, softplus, backend, save):
-    (b, d, l), (g, n) = u.shape, B.shape[1:3]
+    (b, d, l), n = u.shape, A.shape[1]
+    y, saved = _scan_outputs(u, A, B, backend, save)
     if backend == "kernel":
-        return torch.empty_like(u), A.new_empty(b, d, n), A.new_empty(b, d, -(-l // 2048), 2 * n)
-    if backend == "triton":
-        entries = A.new_empty(-(-l // _STEPS) if save else 0, b, n, d)
-        return u.new_empty(b, l, d).mT, A.new_empty(b, d, n), entries
-    chunks = -(-l // _chunk_length(u, n)) if save else 0
-    h, entries = A.new_empty(b, g, n, d // g), A.new_empty(chunks, b, g, n, d // g)
-    return u.new_empty(b, l, d).mT, h.mT.reshape(b, d, n), entries
+        y, saved = torch.empty_like(u), A.new_empty(b, d, -(-l // 2048), 2 * n)
+    return y, A.new_empty(b, d, n), saved
 
 
 @_scan_backward.register_fake
@@ -499,9 +500,7 @@ def _(grad, saved, u, delta, A, B, C, D, bias, softplus, backend):
     if backend == "kernel":
         return [torch.empty_like(x) for x in (u, delta, A, B, C, D, bias)]
     du, ddelta, dB, dC = (x.new_empty(x.movedim(-1, 1).shape).movedim(1, -1) for x in (u, delta, B, C))
-    dA = A.new_empty(B.shape[1], A.shape[1], len(A) // B.shape[1]).mT.reshape(A.shape)
-    dA = torch.empty_like(A) if backend == "triton" else dA
-    return [du, ddelta, dA, dB, dC, torch.empty_like(D), torch.empty_like(bias)]
+    return [du, ddelta, torch.empty_like(A), dB, dC, torch.empty_like(D), torch.empty_like(bias)]
 
 
 def _scan_setup(ctx, inputs, output):
