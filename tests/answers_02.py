@@ -135,6 +135,7 @@ WRONG = {
     ),
     "gradient: swapped": (checks.scan_gradient, lambda *a: scan_gradient(*a)[::-1], "the two are swapped"),
     "gradient: by autograd": (checks.scan_gradient, by_autograd, "without autograd"),
+    "gradient: by autograd, switched on": (checks.scan_gradient, torch.enable_grad()(by_autograd), "without autograd"),
     "gradient: forwards": (checks.scan_gradient, forwards, "time runs forwards"),
     "gradient: state of now": (checks.scan_gradient, wrong(scan_gradient, past=False), "dL/da has h_t"),
     "gradient: g for G": (checks.scan_gradient, wrong(scan_gradient, whole=False), "dL/da has g_t"),

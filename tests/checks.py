@@ -94,7 +94,7 @@ def cluster_index(my_cluster_index) -> None:
 def positions(my_positions) -> None:
     """Against loops over patches and frequencies with Python's own sine and cosine."""
     for d, rows, columns in ((8, 3, 3), (16, 3, 5)):
-        mine, m, table = my_positions(d, rows, columns), d // 4, []
+        mine, m, table = torch.as_tensor(my_positions(d, rows, columns)), d // 4, []
         assert mine.shape == (rows * columns, d), f"shape {tuple(mine.shape)}, ({rows * columns}, {d}) is due"
         for r in range(rows):
             for c in range(columns):
@@ -254,13 +254,13 @@ def scan_gradient(my_scan_gradient) -> None:
     G = torch.tensor([sum(link(s, t) * g[t].item() for t in range(s, l)) for s in range(l)], dtype=torch.float64)
     h, past = torch.tensor(h, dtype=torch.float64), torch.tensor([0.0, *h[:-1]], dtype=torch.float64)
     try:
-        with torch.no_grad():
+        with torch.inference_mode():  # in which torch.enable_grad() does not help either
             answer = my_scan_gradient(a.clone(), x.clone(), g.clone())
     except RuntimeError as error:
         assert "does not require grad" not in str(error), "without autograd: write the two recurrences out"
         raise
     assert isinstance(answer, tuple | list) and len(answer) == 2, "return two things: dL/da and dL/dx"
-    da, dx = (gradient.double() for gradient in answer)
+    da, dx = (torch.as_tensor(gradient).double() for gradient in answer)
     assert da.shape == dx.shape == (l,), f"shapes {tuple(da.shape)}, {tuple(dx.shape)}: both are (l,) = ({l},)"
     swapped = torch.allclose(da, G) and torch.allclose(dx, G * past)
     assert not swapped, "the two are swapped: dL/da comes first, then dL/dx"
@@ -419,7 +419,7 @@ def mixer_parameters(my_mixer_parameters) -> None:
 def cluster_mask(my_cluster_mask) -> None:
     """Against a loop over every pair of a query and an encoder token."""
     for n, size in ((4, 3), (9, 16), (2, 4), (5, 1)):
-        case, m, mine = f"n = {n}, size = {size}", (n - 1) * size, my_cluster_mask(n, size)
+        case, m, mine = f"n = {n}, size = {size}", (n - 1) * size, torch.as_tensor(my_cluster_mask(n, size))
         assert mine.shape == (m, m), f"{case}: shape {tuple(mine.shape)}, {(m, m)} is due: n-1 clusters are read"
         assert mine.dtype == torch.bool, f"{case}: dtype {mine.dtype}, a boolean is due, True where a query may look"
         rows, late, strict = [], [], []
@@ -544,7 +544,7 @@ def dependence(my_dependence) -> None:
                 out[:, :, writes, 1 - value] = -out[:, :, writes, value]
             return out.flatten(1, 2)
 
-        mine = ask(predict, tokens)
+        mine = ask(predict, tokens) | ask(predict, tokens)  # noise so near 0 that its square is not seen: not twice
         few = "changes go unseen: change every value of every token of the cluster, and look at every predicted value"
         if case % 4 == 1:
             few = "a predictor that compares tokens goes unseen: change each value by its own random amount"
@@ -595,10 +595,10 @@ def rate_at(my_rate_at) -> None:
                     "the rate jumps once per epoch: use fractions of an epoch": fall(whole, low, peak),
                     "the cosine is to end at `epochs`, not `warmup` after it": fall((e - warmup) / epochs, low, peak),
                 }
-            if not math.isclose(mine, expected, rel_tol=1e-9, abs_tol=1e-12):
-                for mistake, value in mistakes.items():
-                    assert not math.isclose(mine, value, rel_tol=1e-9, abs_tol=1e-12), f"{case}: {mistake}"
-            assert math.isclose(mine, expected, rel_tol=1e-9, abs_tol=1e-12), f"{case}: {mine:.9g}, not {expected:.9g}"
+            near = functools.partial(math.isclose, mine, rel_tol=1e-5, abs_tol=1e-6 * peak)  # fp32 will do
+            for mistake, value in mistakes.items() if not near(expected) else ():
+                assert not near(value), f"{case}: {mistake}"
+            assert near(expected), f"{case}: {mine:.9g}, not {expected:.9g}"
 
 
 @check
