@@ -32,6 +32,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.library import custom_op
 from torch.utils.checkpoint import checkpoint
 
@@ -123,7 +124,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     (b, c, height, width), p = images.shape, patch_size
     _require(height % p == width % p == 0, f"image size {(height, width)} is not divisible by patch_size {p}")
     x = images.reshape(b, c, height // p, p, width // p, p)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, p * p * c)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches: Tensor, patch_size: int, image_size: tuple[int, int]) -> Tensor:
@@ -131,8 +132,8 @@ def unpatchify(patches: Tensor, patch_size: int, image_size: tuple[int, int]) ->
     (b, l, pixels), p, (height, width) = patches.shape, patch_size, image_size
     fits = height % p == width % p == 0 and l * p * p == height * width and pixels % p**2 == 0
     _require(fits, f"{l} patches of {pixels} values do not make {height}x{width} pixels with patch_size {p}")
-    x = patches.reshape(b, height // p, width // p, p, p, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, height, width)
+    x = patches.reshape(b, height // p, width // p, p, p, pixels // p**2)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, pixels // p**2, height, width)
 
 
 def cluster_order(config: ARMConfig) -> Tensor | None:
@@ -373,8 +374,8 @@ def _triton_backward(grad, entries, u, delta, A, B, C, D, bias, du, ddelta, dA, 
 def _scan_outputs(u, A, B, backend, save):
     """Memory for y, (b, d, l), a view of (b, l, d), and for the states before each chunk if `save`."""
     (b, d, l), (g, n) = u.shape, B.shape[1:3]
-    steps = _STEPS if backend == "triton" else _chunk_length(u, n)
-    return u.new_empty(b, l, d).mT, A.new_empty(-(-l // steps) if save else 0, b, g, n, d // g)
+    chunks = -(-l // (_STEPS if backend == "triton" else _chunk_length(u, n))) if save else 0
+    return u.new_empty(b, l, d).mT, A.new_empty(chunks, b, g, n, d // g)
 
 
 def _triton_setup(u, delta, A, B, C):
@@ -565,15 +566,18 @@ def selective_scan(
         return_last_state: also return h_l, (b, d, n); no gradient passes through it, as in the kernel.
         backend: "ref" the loop, "torch" the fast scan; for GPUs "triton", ours, and "kernel", mamba-ssm's, which take
             CUDA tensors of at most 32 bits with n a power of two up to 64, or n <= 256. "auto": triton, kernel or
-            torch, the first that works and can do this call. Tensors may be fp64, fp32, bf16 or fp16, also mixed; the
-            state is fp32 or wider, under autocast too.
+            torch, the first that works and can do this call; ref for forward-mode derivatives. Tensors may be fp64,
+            fp32, bf16 or fp16, also mixed; the state is fp32 or wider, under autocast too.
 
     Returns: y (b, d, l) in u's dtype, or (y, h_l). First derivatives in reverse mode; backend "ref" has the others too.
     Raises: ValueError on shapes, types or devices that do not fit; RuntimeError if a GPU backend cannot be had.
     """
     _require(backend in BACKENDS, f"backend {backend!r} is none of {', '.join(BACKENDS)}")
-    if backend == "ref":
+    tensors = [x for x in (u, delta, A, B, C, D, z, delta_bias) if x is not None]
+    dual = any(unpack_dual(x).tangent is not None for x in tensors)  # which the operators would drop in silence
+    if backend == "ref" or backend == "auto" and dual:
         return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    _require(not dual, f"backend {backend!r} has no forward-mode derivatives: take 'ref' or 'auto'")
     B, C, dtype = _check_scan(u, delta, A, B, C, D, z, delta_bias)
     n, fits = A.shape[1], dict(triton="n a power of two up to 64", kernel="n up to 256")
     able = dict(triton=n in (1, 2, 4, 8, 16, 32, 64), kernel=n <= 256) if dtype == torch.float32 else {}
@@ -793,13 +797,13 @@ class VisionMamba(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images (b, c, height, width) -> tokens with positions, in raster order, class token included, (b, l, d)."""
         shape, ours = tuple(images.shape), (self.config.channels, *self.config.image_size)
-        _require(shape[1:] == ours, f"images are {shape}, this model takes batches of {ours}: resize or build it anew")
+        _require(shape[1:] == ours, f"images are {shape}, this model takes {('b', *ours)}: resize or build it anew")
         dtype, device = self.patch_embed.weight.dtype, images.device.type
         fits = images.dtype == dtype or images.is_floating_point() and torch.is_autocast_enabled(device)
         _require(fits, f"images have dtype {images.dtype}: convert to {dtype}, the model's, and normalise them")
         x = self.patch_embed(images).flatten(2).mT  # (b, l, d)
         if self.cls_index is not None:
-            x = _insert(x, self.cls_token.expand(len(x), -1, -1), self.cls_index)  # (b, l + 1, d)
+            x = _insert(x, self.cls_token.expand(x.shape[0], -1, -1), self.cls_index)  # (b, l + 1, d)
         return x + self.pos_embed
 
     def run_layers(self, x: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
@@ -943,7 +947,7 @@ class ARM(nn.Module):
         l = (n_clusters - 1) * cluster_size^2; pixels in (row, column, channel) order, normalised as in `target`.
         """
         queries = self.arrange(self.ar_token + self.dec_pos_embed)[:, -len(self.mask) :]  # (1, l, dec)
-        x = queries.expand(len(images), -1, -1)
+        x = queries.expand(images.shape[0], -1, -1)
         for block, context in zip(self.decoder, self.context(images).unbind(-1)):  # (b, l, dec) each
             x = block(x, context, self.mask)
         return self.ar_pred(self.ar_norm(x))

@@ -381,7 +381,7 @@ def test_backbone_without_classes(directions):
 def test_vision_mamba_errors():
     model, good = VisionMamba(TINY, 7), random_images(TINY)
     for images in (good[..., :-1], good.mT, good[:, :1], good[0]):
-        with pytest.raises(ValueError, match=r"images are .* this model takes batches of \(3, 16, 24\)"):
+        with pytest.raises(ValueError, match=r"images are .* this model takes \('b', 3, 16, 24\)"):
             model(images)
     with pytest.raises(ValueError, match="images have dtype torch.uint8: convert to torch.float32"):
         model(good.to(torch.uint8))
