@@ -656,13 +656,6 @@ def from_directions(y: Tensor, grid: tuple[int, int], cls_index: int | None) -> 
     return (rows + rows_reversed.flip(1) + columns) / 4
 
 
-def directional_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """One linear map per scan direction: x (b, l, g, in), weight (g*out, in) -> (b, l, g, out)."""
-    weight = weight.unflatten(0, (x.shape[2], -1))  # (g, out, in)
-    y = x.flatten(0, 1).transpose(0, 1) @ weight.mT  # (g, b*l, in) @ (g, in, out)
-    return y.transpose(0, 1).unflatten(0, x.shape[:2])
-
-
 def linear(in_features: int, out_features: int) -> nn.Linear:
     """nn.Linear with a bias that starts at zero."""
     layer = nn.Linear(in_features, out_features)
@@ -704,9 +697,10 @@ class Mixer(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d) each
         x = to_directions(x, grid, cls_index) if g == 4 else x[:, :, None]  # (b, l, g, d)
         x = causal_conv(x.flatten(2), self.conv1d.weight, self.conv1d.bias)  # (b, l, g*d)
-        x_dbc = directional_linear(x.unflatten(2, (g, d)), self.x_proj.weight)
+        x_proj, dt_proj = (layer.weight.unflatten(0, (g, -1)) for layer in (self.x_proj, self.dt_proj))  # (g, out, in)
+        x_dbc = torch.einsum("blgi,goi->blgo", x.unflatten(2, (g, d)), x_proj)
         dt, B, C = x_dbc.split(self.split, dim=-1)  # (b, l, g, dt_rank | n | n)
-        delta = directional_linear(dt, self.dt_proj.weight).flatten(2).mT  # (b, g*d, l)
+        delta = torch.einsum("blgi,goi->blgo", dt, dt_proj).flatten(2).mT  # (b, g*d, l)
         A, B, C = -torch.exp(self.A_log), B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1)  # (g*d, n), (b, g, n, l) twice
         y = selective_scan(x.mT, delta, A, B, C, D=self.D, delta_bias=self.dt_proj.bias, delta_softplus=True)
         y = y.mT.unflatten(2, (g, d))  # (b, l, g, d)
