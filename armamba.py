@@ -733,10 +733,8 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def _drop(self, x: Tensor) -> Tensor:
-        if self.drop_path == 0 or not self.training:
-            return x
-        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
-        return x * keep / (1 - self.drop_path)
+        # dropout1d drops whole channels of what it takes for (channels, length)
+        return F.dropout1d(x.flatten(1), self.drop_path, self.training).view_as(x)
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None, cls_index: int | None = None) -> Tensor:
         x = x + self._drop(self.mixer(self.norm1(x), grid, cls_index))
