@@ -163,13 +163,11 @@ def build_model(args: argparse.Namespace, checkpoint: dict | None, mode: str, cl
 
 def known_classes(args: argparse.Namespace, checkpoint: dict | None, classes: list[str]) -> list[str]:
     """Names of what the model's logits stand for: a list, what a finetuned checkpoint says, or the data's folders."""
-    if args.class_list:
-        lines = args.class_list.read_text("utf-8-sig").splitlines()
-        named = [name.strip() for name in lines if name.strip()]
     config = (checkpoint or {}).get("config", {})
-    own = config["classes"] if config.get("stage", "pretrain") != "pretrain" else None
+    own = config["classes"] if "classifier" in config else None
     if not args.class_list:
         return own or classes
+    named = list(filter(None, map(str.strip, args.class_list.read_text("utf-8-sig").splitlines())))
     if len(set(named)) < len(named) or own and set(own) == set(named) and own != named:
         raise ValueError(f"{args.class_list} names a class twice, or not in the order of {own}: correct it")
     return named
