@@ -14,7 +14,6 @@ Datasets, schedule, checkpoints and the set-up of processes come from train.py.
 import train  # first, since it sets OMP_WAIT_POLICY before torch is imported
 
 import argparse
-import contextlib
 import functools
 import json
 import sys
@@ -87,8 +86,9 @@ def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namesp
         raise ValueError("--eval uses no --labels, and --probe no --class-list: leave one out")
     if given.from_scratch:
         return train.parse(parser, {name: preset | SCRATCH for name, preset in PRESETS.items()}, argv), None
-    path = given.checkpoint or given.resume and started_from(given.output_dir)
-    path = path or newest_finished("finetune" if given.eval else "pretrain")
+    begun = train.newest_checkpoint(given.output_dir)[0] if given.resume and given.output_dir else {}
+    path = given.checkpoint or begun and begun["config"]["args"].get("checkpoint")
+    path = Path(path or newest_finished("finetune" if given.eval else "pretrain"))
     checkpoint = train.load_checkpoint(path)
     if not isinstance(checkpoint.get("config"), dict) or "stage" not in checkpoint["config"]:
         checkpoint.pop("config", None)  # another's, of another form
@@ -107,14 +107,6 @@ def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namesp
     if given.preset not in (None, args.get("preset")):
         inherited.pop("data", None)  # it is another's
     return train.parse(parser, PRESETS, argv, checkpoint=path, **inherited), checkpoint
-
-
-def started_from(folder: Path | None) -> Path | None:
-    """The checkpoint that the run in a folder has started from, if it holds one that can be read."""
-    for path in (folder / "last.pt", folder / "previous.pt") if folder else ():
-        with contextlib.suppress(ValueError):
-            start = train.load_checkpoint(path)["config"]["args"]["checkpoint"]
-            return start and Path(start)
 
 
 def newest_finished(stage: str) -> Path:

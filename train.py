@@ -417,6 +417,17 @@ def load_checkpoint(path: Path | str) -> dict:
         raise ValueError(f"{path} is damaged, or no checkpoint that can be trusted: {reason}") from None
 
 
+def newest_checkpoint(folder: Path) -> tuple[dict, Path | None]:
+    """The newest checkpoint of a run that can be read, and its path; damaged ones are named."""
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        if path.exists():
+            try:
+                return load_checkpoint(path), path
+            except ValueError as error:
+                say(error)
+    return {}, None
+
+
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -451,13 +462,7 @@ class Run:
             raise ValueError(f"{self.folder} holds a run or results: give another --output-dir")
         if found and not args.resume:
             raise ValueError(f"{self.folder} holds a run: add --resume to go on, or give another --output-dir")
-        self.state, self.good = {}, None  # of the newest checkpoint that can be read, and its path
-        for path in found:
-            try:
-                self.state, self.good = load_checkpoint(path), path
-                break
-            except ValueError as error:
-                say(error)
+        self.state, self.good = newest_checkpoint(self.folder)
         if found and not self.good:
             raise ValueError(f"{self.folder} has no checkpoint that can be read: repair or remove {found[0]}")
         if args.resume and not found:
