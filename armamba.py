@@ -520,37 +520,36 @@ def _scan_grad(ctx, grad, *_):
 _scan.register_autograd(_scan_grad, setup_context=_scan_setup)
 
 
-def _once(probe):
-    """Ask a question about this machine once. To torch.compile the answer is a constant, as by its own
-    assume_constant_result, which would import the compiler; a plain functools.cache it would trace through."""
-    cached = functools.cache(probe)
-    once = functools.wraps(probe)(lambda *args, **names: cached(*args, **names))
-    once._dynamo_marked_constant, once.cache_clear = True, cached.cache_clear
-    return once
-
-
-@_once
-def scan_backend(device_type: str, among: tuple[str, ...] = ("triton", "kernel")) -> tuple[str, str]:
-    """What `selective_scan` uses on "cuda", "cpu", ...: the first of these that works, or "torch"; and why."""
-    reasons, level = [] if device_type == "cuda" else ["the kernels run on CUDA GPUs only"], logging.INFO
-    for name in among if device_type == "cuda" else ():
+@functools.cache
+def _probe(device_type: str, among: tuple[str, ...]) -> tuple[str, str]:
+    reasons = [] if among else ["the kernels run on CUDA GPUs only"]
+    for name in among:
         try:  # some builds import, and fail only when called: so, a tiny real call, there and back
-            with torch.inference_mode(False), torch.enable_grad():
-                u, B = torch.ones(1, 2, 9, device="cuda"), torch.ones(1, 1, 4, 9, device="cuda")
-                A, D = -torch.ones(2, 4, device="cuda"), torch.ones(2, device="cuda")
-                y, _, saved = _scan(u, u, A, B, B, D, D, True, name, True)
-                du = _scan_backward(torch.ones_like(y), saved, u, u, A, B, B, D, D, True, name)[0]
-                want = selective_scan_ref(u.requires_grad_(), u.detach(), A, B, B, D, None, D, True)
-                want = want, torch.autograd.grad(want.sum(), u)[0]
-                torch.testing.assert_close((y, du), want, rtol=1e-3, atol=1e-3)
+            u, B = torch.ones(1, 2, 9, device="cuda"), torch.ones(1, 1, 4, 9, device="cuda")
+            A, D = -torch.ones(2, 4, device="cuda"), torch.ones(2, device="cuda")
+            found, want = [], []  # without autograd, which checkpointing of activations would interfere with
+            for backend, results in ((name, found), ("torch", want)):
+                y, _, saved = _scan(u, u, A, B, B, D, D, True, backend, True)
+                results += [y, *_scan_backward(torch.ones_like(y), saved, u, u, A, B, B, D, D, True, backend)]
+            torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-3)
             reasons.append(f"{name} works and gives the right numbers")
             break
         except Exception as error:  # whatever a foreign extension may raise
             reasons.append(f"no {name} ({type(error).__name__}: {error})".splitlines()[0])
     else:
-        name, level = "torch", logging.WARNING if device_type == "cuda" else level
+        name = "torch"
+    level = logging.WARNING if among and name == "torch" else logging.INFO
     log.log(level, "selective scan on %s: backend %r, %s", device_type, name, "; ".join(reasons))
     return name, "; ".join(reasons)
+
+
+def scan_backend(device_type: str, among: tuple[str, ...] = ("triton", "kernel")) -> tuple[str, str]:
+    """What `selective_scan` uses on "cuda", "cpu", ...: the first of these that works, or "torch"; and why."""
+    return _probe(device_type, among if device_type == "cuda" else ())
+
+
+# to torch.compile a constant, as by its assume_constant_result, which would import the compiler
+scan_backend._dynamo_marked_constant, scan_backend.cache_clear = True, _probe.cache_clear
 
 
 def selective_scan(
