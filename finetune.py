@@ -349,7 +349,7 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None, mode: str | None 
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Finetune or evaluate; returns what is also written to results.json."""
+    """Finetune or evaluate; returns what is also written to results.json, with --compare both runs' as one."""
     argv = sys.argv[1:] if argv is None else argv
     args, checkpoint = finetuning_arguments(argv)
     results = run_one(args, checkpoint)

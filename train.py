@@ -212,7 +212,7 @@ def load_images(args: argparse.Namespace, train: bool) -> Dataset:
             sum_over_processes(0).item()  # reading it waits for all, also on GPUs
     else:
         part = root / ("train" if train else "val")
-        part = root if (train or args.eval) and not part.is_dir() else part
+        part = root if (train or getattr(args, "eval", False)) and not part.is_dir() else part
         if not args.data or not part.is_dir():
             raise ValueError(f"no folder of images at {part}: give --data a folder, with train/ and val/ to evaluate")
         try:
@@ -322,7 +322,7 @@ class TrainingBatches:
         self.effective = self.size * self.accum * PROCESSES
         self.per_epoch = n // self.effective  # optimiser steps
         if self.per_epoch == 0:
-            raise ValueError(f"{n} images do not fill one effective batch of {self.effective}: lower --batch-size")
+            raise ValueError(f"{n} images do not fill one effective batch of {self.effective}: lower it")
 
     def __iter__(self):
         for epoch in itertools.count(self.start // self.per_epoch):
