@@ -525,13 +525,13 @@ def _probe(device_type: str, among: tuple[str, ...]) -> tuple[str, str]:
     reasons = [] if among else ["the kernels run on CUDA GPUs only"]
     for name in among:
         try:  # some builds import, and fail only when called: so, a tiny real call, there and back
-            u, B = torch.ones(1, 2, 9, device="cuda"), torch.ones(1, 1, 4, 9, device="cuda")
-            A, D = -torch.ones(2, 4, device="cuda"), torch.ones(2, device="cuda")
-            found, want = [], []  # without autograd, which checkpointing of activations would interfere with
-            for backend, results in ((name, found), ("torch", want)):
-                y, _, saved = _scan(u, u, A, B, B, D, D, True, backend, True)
-                results += [y, *_scan_backward(torch.ones_like(y), saved, u, u, A, B, B, D, D, True, backend)]
-            torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-3)
+            shapes = (1, 2, 9), (2, 4), (1, 1, 4, 9), (2,)
+            u, A, B, D = (torch.ones(*shape, device="cuda").float() for shape in shapes)
+            inputs, results = (u, u, -A, B, B, D, D, True), []
+            for backend in (name, "torch"):  # without autograd, which checkpointing would interfere with
+                y, _, saved = _scan(*inputs, backend, True)
+                results.append([y, *_scan_backward(torch.ones_like(y), saved, *inputs, backend)])
+            torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
             reasons.append(f"{name} works and gives the right numbers")
             break
         except Exception as error:  # whatever a foreign extension may raise

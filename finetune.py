@@ -14,6 +14,7 @@ Datasets, schedule, checkpoints and the set-up of processes come from train.py.
 import train  # first, since it sets OMP_WAIT_POLICY before torch is imported
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
@@ -82,13 +83,13 @@ def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namesp
         raise ValueError(
             "--eval, --fresh-directions and --weights need a --checkpoint, not --from-scratch: leave one out"
         )
-    if given.eval and given.labels or given.probe and given.class_list:
-        raise ValueError("--eval uses no --labels, and --probe no --class-list: leave one out")
+    if given.eval and given.labels or given.probe and (given.class_list or given.holdout):
+        raise ValueError("--eval uses no --labels, and --probe neither --class-list nor --holdout: leave one out")
     if given.from_scratch:
         return train.parse(parser, {name: preset | SCRATCH for name, preset in PRESETS.items()}, argv), None
     begun = train.newest_checkpoint(given.output_dir)[0] if given.resume and given.output_dir else {}
     path = given.checkpoint or begun and begun["config"]["args"].get("checkpoint")
-    path = Path(path or newest_finished("finetune" if given.eval else "pretrain"))
+    path = Path(path or newest_finished(("finetune", "scratch") if given.eval else ("pretrain",)))
     checkpoint = train.load_checkpoint(path)
     if not isinstance(checkpoint.get("config"), dict) or "stage" not in checkpoint["config"]:
         checkpoint.pop("config", None)  # another's, of another form
@@ -102,18 +103,22 @@ def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namesp
         usual = vars(train.pretraining_arguments(["--preset", args["preset"]])) | dict(preset=None)
     names = ("preset", "data", "image_size", "flip", "directions", "pool", *SHAPE)
     inherited = {k: args[k] for k in names if k in args and (k in SHAPE or args[k] != usual.get(k))}
-    if given.eval and "seed" in args:
-        inherited["seed"] = args["seed"]  # which --holdout depends on
+    if given.eval:  # --holdout depends on the seed
+        inherited |= {k: args[k] for k in ("seed", "eval_crop", "eval_resize") if k in args}
     if given.preset not in (None, args.get("preset")):
         inherited.pop("data", None)  # it is another's
     return train.parse(parser, PRESETS, argv, checkpoint=path, **inherited), checkpoint
 
 
-def newest_finished(stage: str) -> Path:
-    """The checkpoint of the newest run under runs/ that has written its results."""
-    found = [x for x in Path("runs").glob("*/results.json") if json.loads(x.read_text()).get("stage") == stage]
+def newest_finished(stages: tuple[str, ...]) -> Path:
+    """The checkpoint of the newest run of these stages under runs/ that has written its results."""
+    found = []
+    for path in Path("runs").glob("*/results.json"):
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # it may be of something else
+            found += [path] if json.loads(path.read_text())["stage"] in stages else []
     if not found:
-        raise ValueError(f"no finished {stage} run under runs/: run train.py first, or give --checkpoint")
+        script = "train.py" if "pretrain" in stages else "finetune.py"
+        raise ValueError(f"no finished {stages[0]} run under runs/: run {script} first, or give --checkpoint")
     return max(found, key=lambda path: path.stat().st_mtime).with_name("last.pt")
 
 
@@ -148,8 +153,11 @@ def build_model(args: argparse.Namespace, checkpoint: dict | None, mode: str, cl
     if dict(directions=model.directions, pool=model.pool) != shape:
         raise ValueError(f"{args.checkpoint} has {model.directions} directions and pool {model.pool}: leave these out")
     if model.num_classes != len(classes) and not args.probe:
-        wanted = f"a file of its {model.num_classes} folder names in label order"
-        raise ValueError(f"{len(classes)} class names for {args.checkpoint}: give --class-list {wanted}")
+        wanted = f"give --class-list a file of its {model.num_classes} folder names in label order"
+        wanted = (
+            wanted if args.eval else f"it has {model.num_classes} classes; to learn others, start from a pretrained one"
+        )
+        raise ValueError(f"{len(classes)} class names for {args.checkpoint}: {wanted}")
     return model.resized(args.image_size, args.drop_path)
 
 
@@ -159,7 +167,12 @@ def known_classes(args: argparse.Namespace, checkpoint: dict | None, classes: li
     own = config["classes"] if "classifier" in config else None
     if not args.class_list:
         return own or classes
-    named = list(filter(None, map(str.strip, args.class_list.read_text("utf-8-sig").splitlines())))
+    try:
+        named = list(filter(None, map(str.strip, args.class_list.read_text("utf-8-sig").splitlines())))
+    except UnicodeDecodeError:
+        raise ValueError(f"{args.class_list} is no UTF-8 text: save it as such") from None
+    if not named:
+        raise ValueError(f"{args.class_list} names no class: write one a line")
     if len(set(named)) < len(named) or own and set(own) == set(named) and own != named:
         raise ValueError(f"{args.class_list} names a class twice, or not in the order of {own}: correct it")
     return named
@@ -220,7 +233,9 @@ def evaluation_transform(args: argparse.Namespace, mode: str) -> list:
 @torch.no_grad()
 def outputs(net, data: train.Seeded, draws, args: argparse.Namespace, device: torch.device):
     """Batches of net(images) and labels, of those draws of the data that can be read."""
-    for x, y in DataLoader(data, args.batch_size, sampler=draws, num_workers=args.num_workers):
+    for x, y in DataLoader(
+        data, args.batch_size, sampler=draws, num_workers=args.num_workers, worker_init_fn=train.ignore_signals
+    ):
         with train.autocast(args):
             x = net(x.to(device, torch.get_default_dtype())).float().cpu()
         yield x[y >= 0], y[y >= 0]  # broken images have no label
@@ -296,15 +311,14 @@ def train_one(args: argparse.Namespace, run: train.Run, model: VisionMamba, data
 
 def run_one(args: argparse.Namespace, checkpoint: dict | None, mode: str | None = None) -> dict:
     """Train (unless --eval or --probe) and evaluate one classifier, with the data's colours or, by `mode`, others."""
-    if args.probe and args.holdout:
-        raise ValueError("--probe holds images out by itself, to choose its settings: leave --holdout out")
     device = train.set_up(args)
     images = train.load_images(args, train=not args.eval or bool(args.holdout))
     test = images if args.eval or args.holdout else train.load_images(args, train=False)
     classes, known = test.classes, known_classes(args, checkpoint, test.classes)
+    sets = {"to train on": images.classes, "to test on": classes, "of the checkpoint or list": known}
     if not args.eval and not images.classes == classes == (classes if args.probe else known):
-        names = f"{images.classes} to train on, {classes} to test on, {known} in the checkpoint or list"
-        raise ValueError(f"classes differ, {names}: make them the same")
+        names = ", ".join(f"{len(x)} {where} ({str(x):.60})" for where, x in sets.items())
+        raise ValueError(f"classes differ, {names}: make them the same, a folder each in train/ and val/")
     if len(known) < 2:
         raise ValueError(f"a single class, {known}: --data needs a folder for each class, and no images beside them")
     columns = logit_columns(known, classes) if not args.probe else None
@@ -314,10 +328,11 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None, mode: str | None 
     if images.mode == "RGB" and model.config.channels == 1:
         train.say("note: the model takes grey images, so colours are dropped")
     mode = images.mode = test.mode = "RGB" if model.config.channels == 3 else "L"  # an RGB model takes grey as RGB
-    holdout = len(images) // 5 if args.probe else args.holdout
+    holdout = max(1, len(images) // 5) if args.probe else args.holdout
     labelled, held = pick(images.targets, None if args.eval else args.labels, args.seed, holdout)
     stage = "eval" if args.eval else "probe" if args.probe else "scratch" if args.from_scratch else "finetune"
     run, steps = train.Run(args, stage), evaluation_transform(args, mode)
+    args.output_dir = run.folder  # the second run of a comparison goes below it
     tested = train.Seeded(test, steps, seed=0, indices=held if args.holdout else None, exact=True)
 
     results, seconds, ema = dict(mode=mode), 0.0, None
@@ -326,7 +341,7 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None, mode: str | None 
         features = model.eval().features if args.probe == "features" else torch.nn.Flatten()
         results |= probe(features, labelled, held, tested, args, device)
     elif not args.eval:
-        args.batch_size = min(args.batch_size, len(labelled))
+        args.batch_size = max(1, min(args.batch_size, len(labelled) // (args.accum * train.PROCESSES)))
         data = train.Seeded(images, augmentation(args, mode), args.seed, labelled)
         seconds, ema = train_one(args, run, model, data, classes)
         results |= dict(labels=len(labelled), steps=run.step, broken=run.broken)
@@ -337,6 +352,8 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None, mode: str | None 
     skipped = results["skipped"] = len(tested) - results["images"]
     if skipped and args.preset.startswith("imagenet"):
         raise ValueError(f"{skipped} of {len(tested)} test images are broken: repair them, a result needs them all")
+    results |= dict(parameters=train.count(model), model=asdict(model.config), args=vars(args))
+    results = run.write_results(results)
     scores = dict(top1="top-1 (%)", top5="top-5 (%)", knn="nearest neighbours (%)", linear="linear classifier (%)")
     names = [name for name in scores if name in results]
     start = "from scratch" if args.from_scratch else f"from {args.checkpoint}"
@@ -345,7 +362,7 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None, mode: str | None 
         rows += [[title, *(f"{found[name]:.1f}" for name in names), found["images"], skipped]] if found else []
     train.say("\n".join(f"| {' | '.join(map(str, row))} |" for row in rows))
     train.say(f"see {run.folder}/results.json")
-    return run.write_results(results | dict(parameters=train.count(model), model=asdict(model.config), args=vars(args)))
+    return results
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -358,7 +375,7 @@ def main(argv: list[str] | None = None) -> dict:
         recipe = {k: v for k, v in SCRATCH.items() if f"--{k.replace('_', '-')}" not in flags}
         sizes = {name: results["model"][name] for name in train.SIZES}  # the checkpoint's
         scratch = argparse.Namespace(**vars(args) | recipe | sizes | dict(from_scratch=True, checkpoint=None))
-        scratch.output_dir = args.output_dir and args.output_dir / "from-scratch"
+        scratch.output_dir = args.output_dir / "from-scratch"
         results["scratch"] = run_one(scratch, None, results["mode"])
         gain = f"{results['top1'] - results['scratch']['top1']:+.1f} points"
         train.say(f"pretraining: {gain} over the same training from scratch, {results['labels']} labels, one seed")

@@ -138,6 +138,7 @@ def parse(parser: argparse.ArgumentParser, presets: dict, argv, **inherited) -> 
     args = parser.parse_args(argv)
     sizes = [args.image_size] if isinstance(args.image_size, int) else args.image_size
     args.image_size = (*sizes, *sizes) if len(sizes) == 1 else tuple(sizes)  # height and width
+    args.betas = tuple(args.betas)  # as the default is
     for name, (low, high) in ((name, limits) for names, limits in LIMITS.items() for name in names.split()):
         if (value := getattr(args, name, None)) is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be from {low} to {high}: change it")
@@ -215,6 +216,8 @@ def load_images(args: argparse.Namespace, train: bool) -> Dataset:
         part = root if (train or getattr(args, "eval", False)) and not part.is_dir() else part
         if not args.data or not part.is_dir():
             raise ValueError(f"no folder of images at {part}: give --data a folder, with train/ and val/ to evaluate")
+        if part.resolve() in (out := (args.output_dir or Path("runs")).resolve(), *out.parents):
+            raise ValueError(f"{out} lies in {part}, whose images it would join: give an --output-dir elsewhere")
         try:
             data = Folder(part, loader=Image.open if args.preset.startswith("imagenet") else open_upright)
         except FileNotFoundError as error:
@@ -223,7 +226,7 @@ def load_images(args: argparse.Namespace, train: bool) -> Dataset:
     for i in range(0, len(data), -(-len(data) // 100)):
         with suppress(Exception):  # broken images are dealt with when they are used
             modes.add(data[i][0].mode)
-    data.mode = "L" if modes and modes <= {"1", "L", "LA", "I", "I;16", "I;16B"} else "RGB"
+    data.mode = "L" if modes and modes <= {"1", "L", "LA", "I;16", "I;16B"} else "RGB"
     return data
 
 
@@ -234,9 +237,9 @@ def open_upright(path: str) -> Image.Image:
 
 def plain(image: Image.Image, mode: str) -> Image.Image:
     """Any kind of image as 8-bit "L" or "RGB": 16 bits are scaled down, what is transparent shows white."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, whose range is not known: convert it")
-    if image.mode.startswith("I"):
+    if image.mode in ("F", "I"):
+        raise ValueError("32-bit pixels, whose range is not known: convert it to 8 or 16 bits")
+    if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -322,7 +325,8 @@ class TrainingBatches:
         self.effective = self.size * self.accum * PROCESSES
         self.per_epoch = n // self.effective  # optimiser steps
         if self.per_epoch == 0:
-            raise ValueError(f"{n} images do not fill one effective batch of {self.effective}: lower it")
+            many = f"{n} images do not fill one effective batch of {self.effective}"
+            raise ValueError(f"{many}: lower --batch-size, --accum or --effective-batch")
 
     def __iter__(self):
         for epoch in itertools.count(self.start // self.per_epoch):
@@ -338,7 +342,8 @@ class TrainingBatches:
 
 def say(*words) -> None:
     if RANK == 0:
-        print(*words, flush=True)
+        with suppress(OSError):  # who reads it may have gone
+            print(*words, flush=True)
 
 
 def sum_over_processes(value) -> torch.Tensor:
@@ -381,16 +386,21 @@ def count(model: torch.nn.Module) -> int:
 
 def run_script(main) -> None:
     """Run a script's main(); a user's mistake is one line, not a traceback."""
+    with suppress(AttributeError):  # there may be no console
+        sys.stdout.reconfigure(errors="backslashreplace")  # names in any alphabet, on any console
+    advice = {"DataLoader worker (pid": "Is memory short? Lower --num-workers, and go on with --resume"}
+    advice |= dict.fromkeys(
+        ("Error downloading", "<urlopen"), "Is there a network? Or give --data a folder that has it"
+    )
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
         last = str(error).strip().splitlines()[-1]  # after the traceback, if it comes from a data loading process
-        sys.exit(f"error: {last.removeprefix('ValueError: ')}")
+        words = [text for start, text in advice.items() if last.startswith(start)]
+        sys.exit(" ".join(["error:", last.removeprefix("ValueError: "), *words]))
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory: lower --batch-size (--accum keeps the effective batch), --grad-checkpoint")
     except RuntimeError as error:
-        advice = {"DataLoader worker (pid": "Is memory short? Lower --num-workers, and go on with --resume"}
-        advice |= {"Error downloading": "is there a network? Or give --data a folder that has it"}
         for start, words in advice.items():
             if start in str(error):
                 sys.exit(f"error: {str(error).splitlines()[0]} {words}")
@@ -465,6 +475,8 @@ class Run:
         self.state, self.good = newest_checkpoint(self.folder)
         if found and not self.good:
             raise ValueError(f"{self.folder} has no checkpoint that can be read: repair or remove {found[0]}")
+        if self.state and (was := self.state["config"]["stage"]) != stage:
+            raise ValueError(f"{self.folder} holds a {was} run, and this is a {stage} run: give another --output-dir")
         if args.resume and not found:
             say(f"nothing to resume in {self.folder}: starting afresh")
         self.step = self.state.get("step", 0)
@@ -487,7 +499,8 @@ class Run:
             return 0.0
         data = ("effective_batch", "mode", "classes", "images")  # which may move, but not change
         mine, theirs = (c["args"] | {key: c.get(key) for key in data} for c in (config, self.state["config"]))
-        free = "output_dir resume device num_workers save_every data compare batch_size accum".split()
+        free = "output_dir checkpoint resume data compare batch_size accum save_every".split()
+        free += "device num_workers threads compile grad_checkpoint".split()
         pairs = {key: (theirs.get(key), mine.get(key)) for key in mine | theirs if key not in free}
         if differ := [f"{key} was {was}, is {value}" for key, (was, value) in pairs.items() if was != value]:
             raise ValueError(f"--resume with other settings ({'; '.join(differ)}): repeat the run's own flags")
@@ -532,7 +545,8 @@ class Run:
             self.good = self.last
         self.saved_at = time.monotonic()
         if sum_over_processes(self.signal is not None) > 0:
-            say(f"stopped by a signal, and saved; go on with the same flags, --output-dir {self.folder} and --resume")
+            home = self.folder.parent if self.folder.name == "from-scratch" else self.folder  # the second of two runs
+            say(f"stopped by a signal, and saved; go on with the same flags, --output-dir {home} and --resume")
             sys.exit(0)
 
     def write_results(self, results: dict) -> dict:
@@ -597,12 +611,12 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
     net = torch.compile(model) if args.compile else model
     net = torch.nn.parallel.DistributedDataParallel(net) if PROCESSES > 1 else net
     options = dict(num_workers=args.num_workers, worker_init_fn=ignore_signals, pin_memory=args.device == "cuda")
-    stream = iter(DataLoader(data, batch_sampler=batches, **options))
     bar = dict(unit="images", unit_scale=batches.effective, disable=RANK > 0)
     progress = tqdm(range(run.step, steps), initial=run.step, total=steps, **bar)
     with ExitStack() as stack:
         for number in SIGNALS:
             stack.callback(signal.signal, number, signal.signal(number, run.on_signal))
+        stream = iter(DataLoader(data, batch_sampler=batches, **options))
         # workers ignore signals, so that Python would wait for them after an error
         stack.callback(getattr(stream, "_shutdown_workers", int))
         for step in progress:
@@ -707,10 +721,11 @@ def main(argv: list[str] | None = None, objective=ARM, **options) -> dict:
     if type(arm) is ARM:
         prediction_figure(arm.eval(), shown, images.mode).savefig(run.folder / "predictions.png", dpi=120)
     plt.close("all")
-    say(f"done in {seconds:.0f} s: loss {records[-1]['loss']:.4f}; look at the pictures in {run.folder}")
-    say(f"next: python finetune.py --checkpoint {run.folder}/last.pt")
     results = dict(loss=records[-1]["loss"], seconds=round(seconds, 1), parameters=count(arm), broken=run.broken)
-    return run.write_results(results | dict(args=vars(args)))
+    results = run.write_results(results | dict(args=vars(args)))
+    say(f"done in {seconds:.0f} s: loss {results['loss']:.4f}; look at the pictures in {run.folder}")
+    say(f"next: python finetune.py --checkpoint {run.folder}/last.pt")
+    return results
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def pytest_generate_tests(metafunc):
     folder = metafunc.config.getoption("--submissions")
     if folder is None or not folder.is_dir():
         raise pytest.UsageError(f"give --submissions FOLDER, with the notebooks to grade; not {folder}")
-    paths = sorted(path for path in folder.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+    paths = sorted(path for path in folder.rglob("[!.]*.ipynb") if ".ipynb_checkpoints" not in path.parts)
     if not any(map(original, paths)):
         raise pytest.UsageError(f"{folder} holds no notebook named like those in notebooks/")
     cases = [
@@ -43,6 +43,7 @@ def run(path) -> dict[str, str]:
     checks = tagged(read(original(path)), "check")
     try:
         notebook = read(path)
+        notebook.metadata.pop("kernelspec", None)  # the student's environment may have had another name
         find = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport checks\n"
         notebook.cells += [nbformat.v4.new_code_cell(find + cell.source) for cell in checks.values()]
         options = dict(timeout=SECONDS, interrupt_on_timeout=True, allow_errors=True)

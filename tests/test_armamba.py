@@ -122,6 +122,16 @@ def test_patchify(size):
     assert torch.equal(armamba.unpatchify(patches, 4, size), images)
 
 
+def test_a_model_may_get_no_images_and_be_exported_for_any_number():
+    for model in (ARM(TINY).eval(), VisionMamba(TINY, 5).eval()):
+        images = torch.randn(4, TINY.channels, *TINY.image_size)
+        assert len((model.predict if isinstance(model, ARM) else model)(images[:0])) == 0
+        assert len(armamba.patchify(images[:0], 4)) == 0
+        with torch.no_grad():
+            program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim("b", min=2)},))
+            torch.testing.assert_close(program.module()(images), model(images))
+
+
 def tokens_by_cluster(config: ARMConfig) -> list[int]:
     """The raster numbers of all tokens in the order in which they are read."""
     (rows, columns), s = config.grid, config.cluster_size

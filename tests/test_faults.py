@@ -14,7 +14,9 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -135,8 +137,9 @@ def test_images_of_every_kind_come_out_right(tmp_path):
         mode = "L" if want.ndim == 2 else "RGB"
         got = np.asarray(train.plain(Image.open(tmp_path / name), mode)).astype(int)
         assert abs(got - want).max() <= (12 if name.endswith("jpg") else 1), name
-    with pytest.raises(ValueError, match="floating-point pixels, whose range is not known: convert it"):
-        train.plain(Image.new("F", (8, 8)), "L")
+    for mode in ("F", "I"):
+        with pytest.raises(ValueError, match="32-bit pixels, whose range is not known: convert it"):
+            train.plain(Image.new(mode, (8, 8)), "L")
 
 
 def test_cameras_turn_images_of_a_folder_but_not_of_imagenet(tmp_path):
@@ -197,13 +200,43 @@ def test_a_data_loading_process_that_dies_is_said(monkeypatch):
     assert "DataLoader worker" in message and "Lower --num-workers, and go on with --resume" in message
 
 
-def test_a_download_that_fails_is_said(monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz:\nTried https://...")
-
-    monkeypatch.setattr(train.datasets, "FashionMNIST", fail)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Error downloading x.gz:\nTried https://..."), urllib.error.URLError("no name")], ids=repr
+)
+def test_a_download_that_fails_is_said(error, monkeypatch):
+    monkeypatch.setattr(train.datasets, "FashionMNIST", mock.Mock(side_effect=error))
     message = says(lambda: pretrain("--preset", "fashion-mnist", "--output-dir", "run"))
-    assert "Error downloading train-images" in message and "give --data a folder that has it" in message
+    assert str(error).splitlines()[0] in message and "Or give --data a folder that has it" in message
+
+
+def test_a_reader_that_goes_away_costs_nothing(monkeypatch):
+    """As in `train.py | head`: the words are lost, not the results."""
+    monkeypatch.setattr("builtins.print", mock.Mock(side_effect=BrokenPipeError))
+    pretrain("--output-dir", "run")
+    assert classify("--checkpoint", "run/last.pt", "--output-dir", "ft")["images"] == 355
+    assert Path("run/results.json").exists() and Path("ft/results.json").exists()
+
+
+def test_a_name_that_the_console_cannot_show_is_said(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    train.run_script(lambda: print("写真"))
+    sys.stdout.seek(0)
+    assert sys.stdout.read() == "\\u5199\\u771f\n"
+
+
+def test_signals_are_heeded_before_data_loading_processes_start(monkeypatch):
+    """Python loses a Ctrl-C that arrives while it forks."""
+    heeds = []
+    monkeypatch.setattr(train, "DataLoader", lambda *_, **__: heeds.append(signal.getsignal(signal.SIGINT)) or [])
+    with pytest.raises(StopIteration):  # there is no image
+        pretrain("--output-dir", "run")
+    assert heeds[0].__name__ == "on_signal" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_images_are_not_joined_by_the_runs_own_pictures(monkeypatch):
+    root = make_folder("photos")
+    monkeypatch.chdir(Path(root, "train"))
+    assert "lies in ., whose images it would join" in says(lambda: pretrain("--data", ".", *SMALL))
 
 
 def test_too_little_gpu_memory_is_said():

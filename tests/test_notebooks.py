@@ -138,11 +138,13 @@ def test_grading(tmp_path):
     tagged(talks, "exercise")[first].source += talk
     tagged(loops, "exercise")[first].source = stub.replace("raise NotImplementedError", "while True: pass")
     tagged(ends, "exercise")[first].source += "\nimport os; os._exit(0)"
+    solved.metadata.kernelspec["name"] = "an-environment-of-her-own"
     students = dict(ada=solved, bob=original, cy=wrong, dan=talks, eve=loops, fay=ends)
     for student, notebook in students.items():
         (tmp_path / student).mkdir()
         nbformat.write(notebook, tmp_path / student / f"{student}-{path.name}")
     (tmp_path / "jan.ipynb").write_text("{}")
+    (tmp_path / f"._ada-{path.name}").write_text("of a Mac's archive, and no notebook")
     (tmp_path / f"kim-{path.name}").write_text("no notebook")
     command = [sys.executable, "-m", "pytest", "tests/grade.py", "--submissions", str(tmp_path)]
     command += ["--junitxml", str(tmp_path / "grades.xml")]
@@ -156,4 +158,5 @@ def test_grading(tmp_path):
         assert bool(found["cy"]) == bool(found["eve"]) == (name == first)
         assert "longer than 40 s" in found["eve"][0] if name == first else True
         assert "NotJSONError" in marks[f"test_exercise[kim-{path.stem}:{name}]"][0]
+    assert not any("._ada" in case for case in marks)
     assert "jan.ipynb has no notebook's name" in marks["test_exercise[jan:]"][0]

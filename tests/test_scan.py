@@ -297,6 +297,19 @@ def test_registered_operators(g, dtype, backend, pretend_kernel, request):
     torch.library.opcheck(armamba._scan, (*x, True, backend, True), **checks)
 
 
+def test_forward_mode_derivatives_are_right_or_refused():
+    x = make(dtype=FP64)
+    dots = tuple(torch.randn_like(v) for v in x.values())
+
+    def tangent(scan):
+        return torch.func.jvp(lambda *values: scan(**dict(zip(x, values))), tuple(x.values()), dots)[1]
+
+    want = tangent(lambda **x: loop_scan(**x, delta_softplus=True)[0])
+    torch.testing.assert_close(tangent(scan), want)
+    with pytest.raises(ValueError, match="backend 'torch' has no forward-mode derivatives: take 'ref' or 'auto'"):
+        tangent(functools.partial(scan, backend="torch"))
+
+
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("g", [None, 2])
 def test_compile(g):
@@ -500,6 +513,15 @@ def test_a_scan_that_works_one_way_only_is_not_taken(pretend_gpu, monkeypatch):
         monkeypatch.setattr(armamba, "_triton_scan_backward", way_back)
         pretend_gpu.probe.cache_clear()
         assert pretend_gpu.probe("cuda")[0] == name
+
+
+def test_the_first_scan_may_be_in_a_checkpointed_block(pretend_gpu, caplog):
+    """Asked about backends there, a probe with gradients of its own would meet the checkpoint's hooks."""
+    model = VisionMamba(ARMConfig(image_size=16, patch_size=4, d_model=16, depth=2, decoder_depth=1, d_state=4), 5)
+    model.grad_checkpoint = True
+    with caplog.at_level("INFO", "armamba"):
+        model(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert "backend 'kernel'" in caplog.text and len(caplog.records) == 1
 
 
 def test_what_is_used_is_said_once(caplog, pretend_gpu):

@@ -478,8 +478,16 @@ def test_mistakes_with_folders_are_one_clear_line(tmp_path):
         pretrain("--resume")
     with pytest.raises(ValueError, match="patch_size was 4, is 2"):
         pretrain("--output-dir", "run", "--resume", "--patch-size", 2)
-    with pytest.raises(ValueError, match="no finished pretrain run"):
-        classify()
+    Path("runs/other").mkdir(parents=True)
+    for stray in ("", "[1]", "{}"):
+        Path("runs/other/results.json").write_text(stray)
+        with pytest.raises(ValueError, match="no finished pretrain run under runs/: run train.py first"):
+            classify()
+    with pytest.raises(ValueError, match="no finished finetune run under runs/: run finetune.py first"):
+        classify("--eval")
+    for flags in ([], ["--checkpoint", "run/last.pt"]):
+        with pytest.raises(ValueError, match="run holds a pretrain run, and this is a .* run: give another"):
+            classify(*(flags or ["--from-scratch"]), "--output-dir", "run", "--resume")
     photos = Path(make_folder(tmp_path / "photos"))
     flags = ["--data", photos, "--image-size", 16, "--patch-size", 4, "--batch-size", 4, "--output-dir", "photos-run"]
     pretrain(*flags)
@@ -589,14 +597,12 @@ def test_recipes_go_by_the_preset_and_flags_override_them(tmp_path):
     for flags in (["--eval"], ["--fresh-directions"], ["--weights", "model_ema"]):
         with pytest.raises(ValueError, match="need a --checkpoint, not --from-scratch"):
             classify("--from-scratch", *flags)
-    for flags in (["--eval", "--labels", "10"], ["--probe", "pixels", "--class-list", "x"]):
-        with pytest.raises(ValueError, match="--eval uses no --labels, and --probe no --class-list"):
-            classify("--checkpoint", "out/last.pt", *flags)
+    for flags in ("--eval --labels 10", "--probe pixels --class-list x", "--probe pixels --holdout 9"):
+        with pytest.raises(ValueError, match="--eval uses no --labels, and --probe neither --class-list nor --holdout"):
+            classify("--checkpoint", "out/last.pt", *flags.split())
     for path, directions in (("runs/p/last.pt", 1), ("out/last.pt", 4)):  # the second is a classifier
         with pytest.raises(ValueError, match=f"--directions {directions} and {path}: they need --directions 4 and a"):
             classify("--checkpoint", path, "--fresh-directions", "--directions", directions)
-    with pytest.raises(ValueError, match="leave --holdout out"):
-        classify("--probe", "pixels", "--from-scratch", "--holdout", 100)
 
 
 def test_the_size_to_evaluate_at_is_the_classifiers(tmp_path):
@@ -749,6 +755,8 @@ def test_a_released_checkpoint_is_evaluated_and_finetuned(tmp_path, capsys):
     assert squashed["args"]["eval_resize"] == "squash"
     with pytest.raises(ValueError, match="2 class names for released.pth: give --class-list a file of its 10 folder"):
         finetune.main([*flags, "--eval", "--checkpoint", "released.pth", "--data", make_folder(tmp_path / "two")])
+    with pytest.raises(ValueError, match="it has 10 classes; to learn others, start from a pretrained one"):
+        finetune.main([*flags, "--checkpoint", "released.pth", "--data", str(tmp_path / "two")])
     arm = ARM(ARMConfig(d_model=16, decoder_dim=16))
     torch.save(dict(model=to_official(arm)), "pretrained.pth")
     results = finetune.main([*flags, "--checkpoint", "pretrained.pth", "--max-steps", "2", "--output-dir", "ft"])
@@ -808,8 +816,12 @@ def test_our_own_checkpoints_know_their_classes(tmp_path):
     two = make_folder(tmp_path / "two", ("b", "d"), size=(16, 16))
     assert classify("--eval", "--checkpoint", "ft/last.pt", "--data", two)["images"] == 12
     assert classify("--eval", "--checkpoint", "ft/last.pt", "--data", str(tmp_path / "two/val"))["images"] == 12
-    with pytest.raises(ValueError, match="classes differ"):
+    with pytest.raises(ValueError, match="classes differ, 2 to train on .* 4 of the checkpoint or list"):
         classify("--checkpoint", "ft/last.pt", "--data", two, "--output-dir", "more")
+    for data, words in (("a\nb".encode("utf-16"), "is no UTF-8 text"), (b"\n", "names no class: write one a line")):
+        Path("names.txt").write_bytes(data)
+        with pytest.raises(ValueError, match=f"names.txt {words}"):
+            classify("--eval", "--checkpoint", "ft/last.pt", "--data", root, "--class-list", "names.txt")
     for names in ("dcba", "abcc"):
         Path("names.txt").write_text("\n".join(names), "utf-8-sig")
         with pytest.raises(ValueError, match="names.txt names a class twice, or not in the order of"):
@@ -820,6 +832,47 @@ def test_our_own_checkpoints_know_their_classes(tmp_path):
         Path("ft/results.json").unlink(missing_ok=True)
         with pytest.raises(ValueError, match="ft holds a run or results: give another --output-dir"):
             classify("--eval", "--checkpoint", "ft/last.pt", "--data", root, "--output-dir", "ft", *more)
+
+
+def test_evaluation_takes_over_how_images_were_cropped(tmp_path):
+    root = make_folder(tmp_path / "photos")
+    flags = ["--data", root, "--image-size", 16, "--patch-size", 4, "--batch-size", 4, "--num-workers", 0]
+    classify("--from-scratch", *flags, "--eval-crop", 0.5, "--eval-resize", "squash")
+    args = classify("--eval")["args"]  # the newest, also if it was trained from scratch
+    assert (args["eval_crop"], args["eval_resize"]) == (0.5, "squash")
+
+
+def test_a_run_goes_on_with_its_checkpoint_elsewhere_and_other_means(tmp_path):
+    pretrain("--output-dir", "run")
+    classify("--checkpoint", "run/last.pt", "--output-dir", "ft")
+    Path("run").rename("moved")
+    means = ["--threads", 2, "--grad-checkpoint", "--num-workers", 0, "--betas", 0.9, 0.95]  # which is the default
+    classify("--checkpoint", tmp_path / "moved/last.pt", "--output-dir", "ft", "--resume", *means)
+
+
+def test_a_comparison_that_was_stopped_goes_on_as_it_says(monkeypatch, capsys):
+    pretrain("--output-dir", "runs/p")
+    save = train.Run.save
+
+    def stop(run, *place):
+        run.signal = signal.SIGTERM if run.stage == "scratch" else None
+        save(run, *place)
+
+    monkeypatch.setattr(train.Run, "save", stop)
+    with pytest.raises(SystemExit):
+        finetune.main([*TINY, "--compare"])
+    (folder,) = re.findall(r"go on with the same flags, --output-dir (\S+) and --resume", capsys.readouterr().out)
+    monkeypatch.setattr(train.Run, "save", save)
+    assert finetune.main([*TINY, "--compare", "--output-dir", folder, "--resume"])["scratch"]["images"] == 355
+
+
+def test_a_probe_of_very_few_images(tmp_path):
+    root = make_folder(tmp_path / "photos", per_class=2)
+    assert classify("--probe", "pixels", "--from-scratch", "--data", root, "--image-size", 16, "--patch-size", 4)
+
+
+def test_few_labels_are_shared_among_forward_passes():
+    assert classify("--from-scratch", "--labels", 20, "--accum", 2)["steps"] == 6
 
 
 def test_evaluation_takes_over_the_seed_that_holds_images_out():
