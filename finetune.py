@@ -153,11 +153,12 @@ def build_model(args: argparse.Namespace, checkpoint: dict | None, mode: str, cl
     if dict(directions=model.directions, pool=model.pool) != shape:
         raise ValueError(f"{args.checkpoint} has {model.directions} directions and pool {model.pool}: leave these out")
     if model.num_classes != len(classes) and not args.probe:
-        wanted = f"give --class-list a file of its {model.num_classes} folder names in label order"
-        wanted = (
-            wanted if args.eval else f"it has {model.num_classes} classes; to learn others, start from a pretrained one"
+        fix = (
+            "give --class-list a file of its folder names in label order"
+            if args.eval
+            else "start from a pretrained one"
         )
-        raise ValueError(f"{len(classes)} class names for {args.checkpoint}: {wanted}")
+        raise ValueError(f"{len(classes)} class names for the {model.num_classes} classes of {args.checkpoint}: {fix}")
     return model.resized(args.image_size, args.drop_path)
 
 

@@ -753,9 +753,11 @@ def test_a_released_checkpoint_is_evaluated_and_finetuned(tmp_path, capsys):
     assert found["images"] == 20 and 0 <= found["top1"] <= 100
     squashed = finetune.main([*flags, "--eval", "--checkpoint", "released.pth", "--eval-resize", "squash"])
     assert squashed["args"]["eval_resize"] == "squash"
-    with pytest.raises(ValueError, match="2 class names for released.pth: give --class-list a file of its 10 folder"):
+    with pytest.raises(ValueError, match="2 class names for the 10 classes of released.pth: give --class-list"):
         finetune.main([*flags, "--eval", "--checkpoint", "released.pth", "--data", make_folder(tmp_path / "two")])
-    with pytest.raises(ValueError, match="it has 10 classes; to learn others, start from a pretrained one"):
+    with pytest.raises(
+        ValueError, match="2 class names for the 10 classes of released.pth: start from a pretrained one"
+    ):
         finetune.main([*flags, "--checkpoint", "released.pth", "--data", str(tmp_path / "two")])
     arm = ARM(ARMConfig(d_model=16, decoder_dim=16))
     torch.save(dict(model=to_official(arm)), "pretrained.pth")
@@ -798,7 +800,7 @@ def test_a_class_list_restricts_and_orders_the_logits(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="does not know the classes 0"):  # a name, and no label
             finetune.logit_columns(known, classes)
     Path("classes.txt").write_text("n02\nn05\nn08")
-    with pytest.raises(ValueError, match="3 class names for released.pth: give --class-list"):
+    with pytest.raises(ValueError, match="3 class names for the 10 classes of released.pth: give --class-list"):
         top1(("n05", "n02", "n08"))
 
 
