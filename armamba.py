@@ -522,7 +522,9 @@ _scan.register_autograd(_scan_grad, setup_context=_scan_setup)
 
 @functools.cache
 def _probe(device_type: str, among: tuple[str, ...]) -> tuple[str, str]:
-    reasons = [] if among else ["the kernels run on CUDA GPUs only"]
+    limits = "at most 32 bits, and n a power of two up to 64 (triton) or n up to 256 (kernel)"
+    needs = f"the kernels take {limits}" if device_type == "cuda" else "the kernels run on CUDA GPUs only"
+    reasons = [] if among else [needs]
     for name in among:
         try:  # some builds import, and fail only when called: so, a tiny real call, there and back
             shapes = (1, 2, 9), (2, 4), (1, 1, 4, 9), (2,)
@@ -543,13 +545,19 @@ def _probe(device_type: str, among: tuple[str, ...]) -> tuple[str, str]:
     return name, "; ".join(reasons)
 
 
-def scan_backend(device_type: str, among: tuple[str, ...] = ("triton", "kernel")) -> tuple[str, str]:
-    """What `selective_scan` uses on "cuda", "cpu", ...: the first of these that works, or "torch"; and why."""
-    return _probe(device_type, among if device_type == "cuda" else ())
+def _probed(*case) -> tuple[str, str]:
+    return _probe(*case)
 
 
-# to torch.compile a constant, as by its assume_constant_result, which would import the compiler
-scan_backend._dynamo_marked_constant, scan_backend.cache_clear = True, _probe.cache_clear
+_probed._dynamo_marked_constant = True  # as assume_constant_result does, which would import torch.compile's compiler
+
+
+def scan_backend(device_type: str, n: int = 16, dtype=torch.float32, backend: str = "auto") -> tuple[str, str]:
+    """What `selective_scan` uses on "cuda", "cpu", ... for states (d, n) of this type, and why: the backend asked for,
+    or for "auto" the first of triton and kernel, if it can do this and works; else "torch"."""
+    able = dict(triton=n in (1, 2, 4, 8, 16, 32, 64), kernel=n <= 256)
+    among = tuple([name for name, fits in able.items() if fits and backend in ("auto", name)])
+    return _probed(device_type, among if device_type == "cuda" and dtype == torch.float32 else ())
 
 
 def selective_scan(
@@ -578,12 +586,8 @@ def selective_scan(
         return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     _require(not dual, f"backend {backend!r} has no forward-mode derivatives: take 'ref' or 'auto'")
     B, C, dtype = _check_scan(u, delta, A, B, C, D, z, delta_bias)
-    n, fits = A.shape[1], dict(triton="n a power of two up to 64", kernel="n up to 256")
-    able = dict(triton=n in (1, 2, 4, 8, 16, 32, 64), kernel=n <= 256) if dtype == torch.float32 else {}
-    wanted = tuple([name for name in fits if backend in ("auto", name) and able.get(name)])
-    why = f"it takes tensors of at most 32 bits and {fits.get(backend)}"
-    name, why = scan_backend(u.device.type, wanted) if wanted else ("torch", why)
-    if backend in fits and name != backend:
+    name, why = ("torch", "") if backend == "torch" else scan_backend(u.device.type, A.shape[1], dtype, backend)
+    if backend in ("triton", "kernel") and name != backend:
         raise RuntimeError(f"backend={backend!r} cannot be used: {why}. backend='auto' takes what there is")
 
     D, bias = (A.new_zeros(len(A)) if x is None else x for x in (D, delta_bias))

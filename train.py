@@ -601,7 +601,7 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
     parts = dict(model=model, optimizer=optimizer) | (dict(model_ema=ema.module) if ema else {})
     before, began = run.begin(config, parts), time.monotonic()
     say("configuration:", *(f"{key}={value}" for key, value in sorted((config["args"] | config["model"]).items())))
-    scan = "{} ({})".format(*scan_backend(args.device))
+    scan = "{} ({})".format(*scan_backend(args.device, model.config.d_state, torch.get_default_dtype()))
     say(f"{count(model):,} parameters, {args.device}, {args.precision}, torch {torch.__version__}, scan: {scan}")
     shares = f"{args.batch_size} x {args.accum} accumulated x {PROCESSES} processes"
     source = getattr(data.data, "root", args.preset)

@@ -147,7 +147,7 @@ def contestants(args, g) -> dict:
         return lambda *x: selective_scan(*x[:6], None, x[6], True, backend=backend)
 
     found = {OURS: ours("torch"), "armamba, ref": ours("ref"), "indexing loop": indexing_loop}
-    kernels = [x for x in ("triton", "kernel") if armamba.scan_backend(args.device, (x,))[0] == x]
+    kernels = [x for x in ("triton", "kernel") if armamba.scan_backend(args.device, backend=x)[0] == x]
     found |= {name: ours(name) for name in kernels}
     single = {"associative_scan, eager": associative_scan}
     single |= {f.__name__: f for f in (mambapy, transformers) if version(f.__name__)}
