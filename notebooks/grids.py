@@ -185,7 +185,7 @@ EVIDENCE = (
         for question, row in (("On other images?", SCRATCH), ("On other images, at equal total time?", LONG))
         for n in BUDGETS
     ),
-    *(("On photos?", "cifar10", f"{n} labels: {PRETRAINED}", f"{n} labels: {SCRATCH}") for n in (500, 5000)),
+    *(("On photos?", "cifar10", f"{n} labels: {PRETRAINED}", f"{n} labels: {SCRATCH}") for n in CIFAR_BUDGETS),
     ("With fewer labels?", "length", *(f"30 labels, 150 steps: {row}" for row in (PRETRAINED, "from scratch"))),
     ("Only a head start?", "length", *(f"100 labels, 600 steps: {row}" for row in (PRETRAINED, "from scratch"))),
     *(
