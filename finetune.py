@@ -87,7 +87,9 @@ def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namesp
         raise ValueError("--eval uses no --labels, and --probe neither --class-list nor --holdout: leave one out")
     if given.from_scratch:
         return train.parse(parser, {name: preset | SCRATCH for name, preset in PRESETS.items()}, argv), None
-    begun = train.newest_checkpoint(given.output_dir)[0] if given.resume and given.output_dir else {}
+    begun = {}
+    if given.resume and given.output_dir and not given.checkpoint:
+        begun = train.newest_checkpoint(given.output_dir)[0]
     path = given.checkpoint or begun and begun["config"]["args"].get("checkpoint")
     path = Path(path or newest_finished(("finetune", "scratch") if given.eval else ("pretrain",)))
     checkpoint = train.load_checkpoint(path)
@@ -153,11 +155,7 @@ def build_model(args: argparse.Namespace, checkpoint: dict | None, mode: str, cl
     if dict(directions=model.directions, pool=model.pool) != shape:
         raise ValueError(f"{args.checkpoint} has {model.directions} directions and pool {model.pool}: leave these out")
     if model.num_classes != len(classes) and not args.probe:
-        fix = (
-            "give --class-list a file of its folder names in label order"
-            if args.eval
-            else "start from a pretrained one"
-        )
+        fix = "give --class-list its folder names in label order" if args.eval else "start from a pretrained one"
         raise ValueError(f"{len(classes)} class names for the {model.num_classes} classes of {args.checkpoint}: {fix}")
     return model.resized(args.image_size, args.drop_path)
 
@@ -310,21 +308,22 @@ def train_one(args: argparse.Namespace, run: train.Run, model: VisionMamba, data
     return train.fit(args, run, model.train(), loss_of, data, optimizer, config, ema), ema
 
 
-def run_one(args: argparse.Namespace, checkpoint: dict | None, mode: str | None = None) -> dict:
-    """Train (unless --eval or --probe) and evaluate one classifier, with the data's colours or, by `mode`, others."""
+def run_one(args: argparse.Namespace, checkpoint: dict | None, mode_of_first: str | None = None) -> dict:
+    """Train (unless --eval or --probe) and evaluate one classifier. The second run of a comparison lies in a folder of
+    the first and takes its colours, not the data's."""
     device = train.set_up(args)
     images = train.load_images(args, train=not args.eval or bool(args.holdout))
     test = images if args.eval or args.holdout else train.load_images(args, train=False)
     classes, known = test.classes, known_classes(args, checkpoint, test.classes)
-    sets = {"to train on": images.classes, "to test on": classes, "of the checkpoint or list": known}
     if not args.eval and not images.classes == classes == (classes if args.probe else known):
+        sets = {"to train on": images.classes, "to test on": classes, "of the checkpoint or list": known}
         names = ", ".join(f"{len(x)} {where} ({str(x):.60})" for where, x in sets.items())
         raise ValueError(f"classes differ, {names}: make them the same, a folder each in train/ and val/")
     if len(known) < 2:
         raise ValueError(f"a single class, {known}: --data needs a folder for each class, and no images beside them")
     columns = logit_columns(known, classes) if not args.probe else None
     torch.manual_seed(train.seed_from("weights", args.seed))
-    model = build_model(args, checkpoint, mode or images.mode, known).to(device)
+    model = build_model(args, checkpoint, mode_of_first or images.mode, known).to(device)
     model.grad_checkpoint = args.grad_checkpoint
     if images.mode == "RGB" and model.config.channels == 1:
         train.say("note: the model takes grey images, so colours are dropped")
@@ -333,7 +332,8 @@ def run_one(args: argparse.Namespace, checkpoint: dict | None, mode: str | None 
     labelled, held = pick(images.targets, None if args.eval else args.labels, args.seed, holdout)
     stage = "eval" if args.eval else "probe" if args.probe else "scratch" if args.from_scratch else "finetune"
     run, steps = train.Run(args, stage), evaluation_transform(args, mode)
-    args.output_dir = run.folder  # the second run of a comparison goes below it
+    args.output_dir = run.folder  # the second run of a comparison goes below it, and on from it
+    run.home = run.folder.parent if mode_of_first else run.folder
     tested = train.Seeded(test, steps, seed=0, indices=held if args.holdout else None, exact=True)
 
     results, seconds, ema = dict(mode=mode), 0.0, None

@@ -32,6 +32,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 import torch.distributed as dist
@@ -209,7 +210,11 @@ def load_images(args: argparse.Namespace, train: bool) -> Dataset:
         kind = datasets.CIFAR10 if args.preset == "cifar10" else datasets.FashionMNIST
         for turn in (True, False):  # the first process of each machine downloads, then the others read
             if turn == (os.environ.get("LOCAL_RANK", "0") == "0"):
-                data = kind(root, train=train, download=turn)
+                try:
+                    data = kind(root, train=train, download=turn)
+                except (RuntimeError, URLError) as error:
+                    reason = str(error).partition("\n")[0]
+                    raise ValueError(f"{reason} Is there a network? Or give --data a folder that has it") from None
             sum_over_processes(0).item()  # reading it waits for all, also on GPUs
     else:
         part = root / ("train" if train else "val")
@@ -388,23 +393,18 @@ def run_script(main) -> None:
     """Run a script's main(); a user's mistake is one line, not a traceback."""
     with suppress(AttributeError):  # there may be no console
         sys.stdout.reconfigure(errors="backslashreplace")  # names in any alphabet, on any console
-    advice = {"DataLoader worker (pid": "Is memory short? Lower --num-workers, and go on with --resume"}
-    advice |= dict.fromkeys(
-        ("Error downloading", "<urlopen"), "Is there a network? Or give --data a folder that has it"
-    )
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
         last = str(error).strip().splitlines()[-1]  # after the traceback, if it comes from a data loading process
-        words = [text for start, text in advice.items() if last.startswith(start)]
-        sys.exit(" ".join(["error:", last.removeprefix("ValueError: "), *words]))
+        sys.exit(f"error: {last.removeprefix('ValueError: ')}")
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory: lower --batch-size (--accum keeps the effective batch), --grad-checkpoint")
     except RuntimeError as error:
-        for start, words in advice.items():
-            if start in str(error):
-                sys.exit(f"error: {str(error).splitlines()[0]} {words}")
-        raise
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        sys.exit(f"error: {reason} Is memory short? Lower --num-workers, and go on with --resume")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -432,7 +432,10 @@ def newest_checkpoint(folder: Path) -> tuple[dict, Path | None]:
     for path in (folder / "last.pt", folder / "previous.pt"):
         if path.exists():
             try:
-                return load_checkpoint(path), path
+                state = load_checkpoint(path)
+                if "stage" in state.get("config", {}):
+                    return state, path
+                raise ValueError(f"{path} is of another project")
             except ValueError as error:
                 say(error)
     return {}, None
@@ -454,6 +457,7 @@ class Run:
         if args.resume and args.output_dir is None:
             raise ValueError("--resume needs --output-dir, the folder of the run to go on with")
         self.folder = args.output_dir or Path("runs", f"{stage}-{args.preset}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+        self.home = self.folder  # of a comparison's second run, that of the first
         self.last, self.previous = self.folder / "last.pt", self.folder / "previous.pt"
         self.temporary, self.saved_at = self.folder / "last.pt.tmp", time.monotonic()
         self.stage, self.device, self.signal, self.broken = stage, args.device, None, 0
@@ -545,8 +549,7 @@ class Run:
             self.good = self.last
         self.saved_at = time.monotonic()
         if sum_over_processes(self.signal is not None) > 0:
-            home = self.folder.parent if self.folder.name == "from-scratch" else self.folder  # the second of two runs
-            say(f"stopped by a signal, and saved; go on with the same flags, --output-dir {home} and --resume")
+            say(f"stopped by a signal, and saved; go on with the same flags, --output-dir {self.home} and --resume")
             sys.exit(0)
 
     def write_results(self, results: dict) -> dict:

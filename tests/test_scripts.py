@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -866,6 +867,30 @@ def test_a_comparison_that_was_stopped_goes_on_as_it_says(monkeypatch, capsys):
     (folder,) = re.findall(r"go on with the same flags, --output-dir (\S+) and --resume", capsys.readouterr().out)
     monkeypatch.setattr(train.Run, "save", save)
     assert finetune.main([*TINY, "--compare", "--output-dir", folder, "--resume"])["scratch"]["images"] == 355
+
+
+def test_a_folder_of_any_name_goes_on_as_it_says(monkeypatch, capsys):
+    """Also of the name that a comparison gives to its second run's."""
+    save = train.Run.save
+    monkeypatch.setattr(train.Run, "save", lambda run, *place: setattr(run, "signal", 15) or save(run, *place))
+    with pytest.raises(SystemExit):
+        pretrain("--output-dir", "runs/from-scratch")
+    assert "--output-dir runs/from-scratch and --resume" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_project_is_not_gone_on_with():
+    Path("run").mkdir()
+    torch.save(dict(model={}), "run/last.pt")
+    for script in (pretrain, classify):
+        with pytest.raises(ValueError, match="run has no checkpoint that can be read|no finished pretrain run"):
+            script("--output-dir", "run", "--resume")
+
+
+def test_the_scan_in_use_is_asked_for_as_the_model_needs_it(monkeypatch):
+    asked = mock.Mock(return_value=("torch", "as told"))
+    monkeypatch.setattr(train, "scan_backend", asked)
+    pretrain("--d-state", 8, "--output-dir", "run")
+    asked.assert_called_once_with("cpu", 8, torch.float32)
 
 
 def test_a_probe_of_very_few_images(tmp_path):
