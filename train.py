@@ -531,7 +531,8 @@ class Run:
     def save(self, step: int, seconds: float) -> None:
         """Write beside, flush, then rename: whenever the power goes, a whole checkpoint is there."""
         if RANK == 0:
-            state = dict(step=step, seconds=seconds, config=self.config)
+            # rng: for those who go on with code of their own; here every step seeds it anew
+            state = dict(step=step, seconds=seconds, config=self.config, rng=torch.get_rng_state())
             state |= {name: part.state_dict() for name, part in self.parts.items()}
             try:
                 with open(self.temporary, "wb") as file:

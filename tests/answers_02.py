@@ -12,8 +12,8 @@ def discretise(delta, A, B):
     return decay, (decay - 1) / A * B, delta * B
 
 
-def recurrence(h, u, delta, A, B, C, sign=1.0, scale=True, late=False, decays=True, held=False):
-    decay = torch.exp(sign * delta[..., None] * A) if decays else 1.0
+def recurrence(h, u, delta, A, B, C, sign=1.0, scale=True, late=False, decays=True, held=False, stepless=False):
+    decay = torch.exp(sign * (1.0 if stepless else delta[..., None]) * A) if decays else 1.0
     factor = (decay - 1) / A if held else delta[..., None] if scale else 1.0
     new = decay * h + factor * u[..., None] * B[:, None]
     return new, ((h if late else new) * C[:, None]).sum(-1)
@@ -34,6 +34,17 @@ def backwards(u, delta, A, B, C, D):
 def stateless(u, delta, A, B, C, D):
     return torch.cat([scan(*(x[..., t : t + 1] for x in (u, delta)), A, B[..., t : t + 1], C[..., t : t + 1], D)
                       for t in range(u.shape[2])], dim=2)  # fmt: skip
+
+
+def input_decayed(h, u, delta, A, B, C):
+    new = torch.exp(delta[..., None] * A) * (h + (delta * u)[..., None] * B[:, None])
+    return new, (new * C[:, None]).sum(-1)
+
+
+def forgets(u, delta, A, B, C, D):
+    """Starts again in the middle."""
+    pieces = zip(*(x.split(4, dim=2) for x in (u, delta, B, C)))
+    return torch.cat([scan(u_i, delta_i, A, B_i, C_i, D) for u_i, delta_i, B_i, C_i in pieces], dim=2)
 
 
 def in_place(h, *arguments):
@@ -114,6 +125,8 @@ WRONG = {
         lambda *x: (recurrence(*x)[0], recurrence(*x)[1] / 4),
         "the state is right, the output is not",
     ),
+    "step: decay without delta": (checks.recurrence, wrong(recurrence, stepless=True), r"the decay is exp\(A\)"),
+    "step: input decayed": (checks.recurrence, input_decayed, "the input is decayed too"),
     "scan: nothing returned": (checks.scan, lambda *x: None, "does the function end with a return"),
     "scan: a list": (checks.scan, lambda *x: list(scan(*x)), "return y, a tensor"),
     "scan: exact factor": (checks.scan, wrong(scan, held=True), "the exact input factor"),
@@ -124,6 +137,21 @@ WRONG = {
     "scan: reversed time": (checks.scan, backwards, "time runs backwards: step t"),
     "scan: reversed outputs": (checks.scan, lambda *x: backwards(*x).flip(2), "time runs backwards: the outputs"),
     "scan: no state carried": (checks.scan, stateless, "no state is carried"),
+    "scan: decay without delta": (checks.scan, wrong(scan, stepless=True), r"the decay is exp\(A\)"),
+    "scan: swapped": (checks.scan, lambda u, delta, A, B, C, D: scan(u, delta, A, C, B, D), "B and C are swapped"),
+    "scan: B twice": (checks.scan, lambda u, delta, A, B, C, D: scan(u, delta, A, B, B, D), "reads with B"),
+    "scan: mean of states": (checks.scan, lambda u, delta, A, B, C, D: scan(u, delta, A, B, C / 4, D), "a mean over"),
+    "scan: delta in the skip": (
+        checks.scan,
+        lambda *x: scan(*x[:5], 0 * x[5]) + x[5][:, None] * x[0] * x[1],
+        "the skip is multiplied by delta",
+    ),
+    "scan: all skips": (
+        checks.scan,
+        lambda *x: scan(*x[:5], x[5].sum().expand_as(x[5])),
+        "the first step is wrong already",
+    ),
+    "scan: state cut": (checks.scan, forgets, "the first step is right"),
     "scan: no skip": (checks.scan, lambda *x: scan(*x[:5], 0 * x[5]), "the skip is missing"),
     "scan: softplus": (checks.scan, lambda u, delta, *x: scan(u, F.softplus(delta), *x), "softplus was applied"),
     "gradient: no future": (checks.scan_gradient, lambda a, x, g: (scan_gradient(a, x, g)[0], g), "from the future"),

@@ -3,6 +3,7 @@
 import math
 
 import checks
+import torch
 
 
 def rate_at(step, per_epoch, epochs, warmup, peak, low, start=None, least=None):
@@ -21,18 +22,23 @@ def decays(name, shape):
     return len(shape) > 1 and not name.endswith(("A_log", "_token", "pos_embed"))
 
 
-def accumulate(model, loss_of, batch, parts, divide=True, zero="before", loss="mean", late=False):
+def accumulate(model, loss_of, batch, parts, divide=True, zero="before", loss="mean", late=False, step=0.0, by=1):
     if zero == "before":
         model.zero_grad()
+    if zero == "in place":
+        for parameter in model.parameters():
+            parameter.grad.zero_()
     losses = []
     for piece in batch.chunk(parts):
         if zero == "inside":
             model.zero_grad()
-        losses.append(loss_of(model, piece) / (parts if divide else 1))
+        losses.append(loss_of(model, piece) / (parts if divide else 1) / by)
         if not late:
             losses[-1].backward()
     if late:
         sum(losses).backward()
+    with torch.no_grad():
+        model.weight -= step * model.weight.grad
     values = [x.item() for x in losses]
     return dict(mean=sum(values), last=values[-1], sum=parts * sum(values), tensor=sum(losses).detach())[loss]
 
@@ -80,6 +86,14 @@ WRONG = {
     "one backward": (checks.accumulate, lambda *a: accumulate(*a, late=True), "keeps the activations of all"),
     "last loss": (checks.accumulate, lambda *a: accumulate(*a, loss="last"), "the loss is the last piece's"),
     "summed loss": (checks.accumulate, lambda *a: accumulate(*a, loss="sum"), "the sum over pieces"),
+    "zeroed in place": (checks.accumulate, lambda *a: accumulate(*a, zero="in place"), "a first step .grad is None"),
+    "stepped": (checks.accumulate, lambda *a: accumulate(*a, step=0.1), "the weights were changed"),
+    "by images": (checks.accumulate, lambda m, f, x, n: accumulate(m, f, x, n, by=len(x) / n), "a number of images"),
+    "by all images": (
+        checks.accumulate,
+        lambda m, f, x, n: accumulate(m, f, x, n, divide=False, by=len(x) / n),
+        "a number of images",
+    ),
     "tensor": (checks.accumulate, lambda *a: accumulate(*a, loss="tensor"), "is to be a float"),
     "whole batch": (checks.accumulate, lambda m, f, x, parts: accumulate(m, f, x, 1), r"pieces of \[12\]"),
     "from the truth": (checks.complete, lambda *a: complete(*a, feed=False), "from the true ones"),
@@ -90,7 +104,12 @@ WRONG = {
     "one too late": (
         checks.complete,
         lambda p, t, g, s: complete(p, t, g, s, first=g + 1),
-        "the first wrong prediction",
+        "the first wrong prediction is of cluster 1;",
+    ),
+    "one too few": (
+        checks.complete,
+        lambda p, t, g, s: torch.cat([complete(p, t, g, s)[:, :-s], t[:, -s:]], 1),
+        "the first wrong prediction is of cluster 4;",
     ),
     "nothing": (checks.complete, lambda p, t, g, s: t.clone(), "nothing was predicted"),
 }

@@ -58,13 +58,21 @@ def balanced(targets, number, seed, shuffle=True, own=True, rest=True):
 
 def with_replacement(targets, number, seed):
     generator = random.Random(seed)
-    by_class = [[i for i, t in enumerate(targets) if t == c] for c in range(4)]
+    by_class = [[i for i, t in enumerate(targets) if t == c] for c in sorted(set(targets))]
     return [generator.choice(by_class[k % 4]) for k in range(number)]
 
 
 def rest_in_one_class(targets, number, seed):
     chosen = balanced(targets, number // 4 * 4, seed)
-    return chosen + [i for i, t in enumerate(targets) if t == 3 and i not in chosen][: number % 4]
+    return chosen + [i for i, t in enumerate(targets) if t == 9 and i not in chosen][: number % 4]
+
+
+def adjacent(targets, number, seed):
+    """Takes images of a class for neighbours in the list."""
+    generator, classes = random.Random(seed), sorted(set(targets))
+    shares = [number // len(classes) + (k < number % len(classes)) for k in range(len(classes))]
+    starts = [(targets.index(c), targets.count(c), share) for c, share in zip(classes, shares)]
+    return [i for a, count, share in starts for i in generator.sample(range(a, a + count), share)]
 
 
 def globally(set_seed, shuffle):
@@ -103,6 +111,16 @@ WRONG = {
     "block i is layer i": (checks.scale, lambda *a: scale(*a, block=0), "block i is layer i \\+ 1"),
     "one layer short": (checks.scale, lambda *a: scale(*a, top=0), "scale of the layer above"),
     "upside down": (checks.scale, lambda *a: scale(*a, upside_down=True), "upside down"),
+    "norm_f forgotten": (
+        checks.scale,
+        lambda n, *a: scale("x" if "norm_f" in n else n, *a),
+        "norm_f.weight.*norm_f and head are layer depth",
+    ),
+    "class token on top": (
+        checks.scale,
+        lambda n, *a: scale("head" if n == "cls_token" else n, *a),
+        "cls_token.*embeddings and class token are layer 0",
+    ),
     "one digit": (checks.scale, lambda *a: scale(*a, two_digits=False), "may have two digits"),
     "every norm is the last": (checks.scale, any_norm, "only norm_f is at the top"),
     "swapped": (checks.ema_update, lambda a, w, d: ema(a, w, 1 - d), "factors are swapped"),
@@ -120,6 +138,7 @@ WRONG = {
     "global seed of NumPy": (checks.balanced, globally(np.random.seed, np.random.shuffle), "global random state"),
     "rest left out": (checks.balanced, lambda *a: balanced(*a, rest=False), "what is left over"),
     "rest in one class": (checks.balanced, rest_in_one_class, "differ by more than one"),
+    "neighbours": (checks.balanced, adjacent, "not all are indices|chosen twice|differ by more than one"),
     "with replacement": (checks.balanced, with_replacement, "chosen twice"),
     "unseeded": (
         checks.balanced,

@@ -68,6 +68,11 @@ WRONG = {
     "one-sided": (checks.paired_interval, either(q=0.95), "one-sided"),
     "n degrees of freedom": (checks.paired_interval, either(freedom=0), "n - 1 degrees of freedom"),
     "sign": (checks.paired_interval, either(sign=-1), "the sign"),
+    "absolute": (
+        checks.paired_interval,
+        lambda a, b: interval(dict.fromkeys(a, 0) | {s: abs(a[s] - b[s]) for s in a.keys() & b}, dict.fromkeys(b, 0)),
+        "absolute differences",
+    ),
     "paired by place": (checks.paired_interval, either(place=True), "paired by place"),
     "a seed too many": (checks.paired_interval, either(shared=False), "in one dict only"),
     "all seeds' means": (checks.paired_interval, all_seeds, "a seed that only one side has"),
@@ -84,6 +89,35 @@ WRONG = {
     "by best run": (checks.choose, lambda s: choose(s, rule=max), "best single held-out run"),
     "by median": (checks.choose, lambda s: choose(s, rule=statistics.median), "chosen by the median"),
     "by sum": (checks.choose, lambda s: choose(s, rule=sum), "chosen by the sum"),
+    "by the lowest score": (checks.choose, lambda s: choose(s, rule=min), "chosen by the lowest score"),
+    "the lowest mean": (
+        checks.choose,
+        lambda s: choose(s, rule=lambda x: -statistics.mean(x)),
+        "this has the lowest mean",
+    ),
+    "on shared seeds": (
+        checks.choose,
+        lambda s: choose({n: dict(x, **{"held-out": {0: x["held-out"][0]}}) for n, x in s.items()}),
+        "compared on seeds that all have",
+    ),
+    "mean of seeds": (
+        checks.choose,
+        lambda s: choose({n: {k: dict(zip(x, x)) for k, x in parts.items()} for n, parts in s.items()}),
+        "a mean of the seeds themselves",
+    ),
+    "tested on held-out seeds": (
+        checks.choose,
+        lambda s: (choose(s)[0], statistics.mean(s["right"]["test"][seed] for seed in s["right"]["held-out"])),
+        "no seed 3: held-out and test runs",
+    ),
+    "on seeds of both": (
+        checks.choose,
+        lambda s: (
+            choose(s)[0],
+            statistics.mean(y for x, y in s["right"]["test"].items() if x in s["right"]["held-out"]),
+        ),
+        "only the seeds of the held-out runs",
+    ),
     "reports held-out": (checks.choose, lambda s: choose(s, report="held-out"), "the held-out mean was returned"),
     "reports the best": (checks.choose, lambda s: choose(s, how=max), "the best test run was returned"),
     "reports another's": (checks.choose, two_choices, "of another setting"),

@@ -6,6 +6,7 @@ The answers are in answers_01.py to answers_07.py: WRONG, {name: (check, answer,
 import importlib
 
 import checks
+import numpy as np
 import pytest
 import torch
 
@@ -57,14 +58,22 @@ def test_lists_will_do(capsys):
     checks.cluster_index(lambda *sizes: RIGHT[checks.cluster_index](*sizes).tolist())
     checks.recurrence(lambda *arguments: list(RIGHT[checks.recurrence](*arguments)))
     checks.scan_gradient(lambda *arguments: [x.tolist() for x in RIGHT[checks.scan_gradient](*arguments)])
-    assert capsys.readouterr().out == "cluster_index: passed\nrecurrence: passed\nscan_gradient: passed\n"
+    checks.cluster_losses(lambda *arguments: RIGHT[checks.cluster_losses](*arguments).tolist())
+    passed = ("cluster_index", "recurrence", "scan_gradient", "cluster_losses")
+    assert capsys.readouterr().out == "".join(f"{name}: passed\n" for name in passed)
 
 
-@pytest.mark.parametrize("name", ["positions", "cluster_mask"])
-def test_numpy_will_do(name, capsys):
-    check = getattr(checks, name)
-    check(lambda *sizes: RIGHT[check](*sizes).numpy())
-    assert capsys.readouterr().out == f"{name}: passed\n"
+@each_right
+def test_numpy_will_do(check, answer, capsys):
+    def numpy(x):
+        if isinstance(x, tuple):
+            return tuple(map(numpy, x))
+        if isinstance(x, dict):
+            return {key: numpy(value) for key, value in x.items()}
+        return x.numpy(force=True) if isinstance(x, torch.Tensor) else np.bool_(x) if isinstance(x, bool) else x
+
+    check(lambda *arguments: numpy(answer(*arguments)))
+    assert capsys.readouterr().out == f"{check.__name__}: passed\n"
 
 
 def test_a_rate_in_fp32_will_do(capsys):

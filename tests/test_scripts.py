@@ -382,7 +382,7 @@ def test_pretraining_leaves_everything_it_promises(capsys):
     folder = Path("run")
     assert {p.name for p in folder.iterdir()} == {"last.pt", "log.jsonl", "loss.png", "predictions.png", "results.json"}
     checkpoint = load(folder / "last.pt")
-    assert {"model", "optimizer", "step", "config"} <= checkpoint.keys() and checkpoint["step"] == 6
+    assert {"model", "optimizer", "step", "rng", "config"} <= checkpoint.keys() and checkpoint["step"] == 6
     arm = ARM(ARMConfig(**checkpoint["config"]["model"]))
     arm.load_state_dict(checkpoint["model"])
     assert [row[0] for row in log("run")] == [1, 2, 3, 4, 5, 6]
@@ -983,6 +983,22 @@ def test_readme_opens_our_own_checkpoints_as_written():
     found = {}
     exec(compile(block, "README.md", "exec"), found)
     assert same(found["arm"].state_dict(), load("runs/base/last.pt")["model"])
+
+
+def test_readme_classifies_an_image_as_written(tmp_path, capsys):
+    (block,) = re.findall(r"```python classify\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    flags = ["--data", make_folder(tmp_path / "photos"), "--batch-size", 4, "--num-workers", 0]
+    classify("--from-scratch", *flags, "--output-dir", "runs/mine-ft")
+    args = argparse.Namespace(**load("runs/mine-ft/last.pt")["config"]["args"] | dict(output_dir=None))
+    data = train.Seeded(train.load_images(args, train=False), finetune.evaluation_transform(args, "RGB"), 0, exact=True)
+    for i in (0, len(data) - 1):
+        shutil.copy(data.names[i], "photo.jpg")
+        found = {}
+        exec(compile(block, "README.md", "exec"), found)
+        with torch.no_grad():
+            assert torch.equal(found["model"](data[i][0][None])[0].softmax(0), found["probabilities"])
+        said = eval(capsys.readouterr().out.strip().splitlines()[-1])
+        assert said == {name: f"{p:.0%}" for name, p in zip(("cat", "dog"), found["probabilities"].tolist())}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
