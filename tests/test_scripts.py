@@ -995,6 +995,7 @@ def test_readme_classifies_an_image_as_written(tmp_path, capsys):
         shutil.copy(data.names[i], "photo.jpg")
         found = {}
         exec(compile(block, "README.md", "exec"), found)
+        assert not found["model"].training
         with torch.no_grad():
             assert torch.equal(found["model"](data[i][0][None])[0].softmax(0), found["probabilities"])
         said = eval(capsys.readouterr().out.strip().splitlines()[-1])
