@@ -96,13 +96,11 @@ class ARMConfig:
         _require(type(self.order_seed) is int, f"order_seed {self.order_seed!r} must be an integer")
         _require(self.order in ORDERS, f"order {self.order!r} is unknown: choose one of {', '.join(ORDERS)}")
         _require(blocks <= depth, f"decoder_depth {blocks} taps as many of only {depth} encoder blocks: lower it")
-        first, gaps = min(max(1, depth // 2), depth - blocks + 1), max(1, blocks - 1)
-        taps = self.taps or [first + i * (depth - first) // gaps for i in range(blocks - 1)] + [depth]
+        first = min(depth // 2, depth - blocks + 1)
+        taps = self.taps or [first + i * (depth - first) // (blocks - 1) for i in range(blocks - 1)] + [depth]
         rising = isinstance(taps, tuple | list) and {type(tap) for tap in taps} == {int} and [*taps] == sorted({*taps})
-        fits = rising and len(taps) == blocks and taps[0] >= 1 and taps[-1] == depth
-        _require(
-            fits, f"taps {taps} must be {blocks} (decoder_depth) blocks rising from 1 to {depth}; taps=None spaces them"
-        )
+        rule = f"{blocks} (decoder_depth) blocks rising from 1 to {depth}; taps=None spaces them"
+        _require(rising and len(taps) == blocks and taps[0] >= 1 and taps[-1] == depth, f"taps {taps} must be {rule}")
         vars(self).update(image_size=tuple(size), taps=tuple(taps))  # past the guard of a frozen dataclass
 
 
@@ -174,19 +172,19 @@ def sincos_positions(d: int, grid: tuple[int, int]) -> Tensor:
     coordinate times the frequencies 10000^(-i / (d/4)), i = 0 .. d/4 - 1.
     """
     _require(d % 4 == 0, f"{d} channels must be divisible by 4")
-    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+    rows, columns = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in grid)).unbind(1)  # (l,)
     frequencies = 10000.0 ** (-torch.arange(d // 4, dtype=torch.float64) / (d // 4))
-    angles = [torch.outer(x.flatten(), frequencies) for x in (columns, rows)]  # (l, d/4) each
+    angles = [torch.outer(x, frequencies) for x in (columns, rows)]  # (l, d/4) each
     embedding = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
     return embedding[None].to(torch.get_default_dtype())
 
 
 def resize_positions(pos: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Interpolate a position embedding (1, l, d) from one grid to another, bicubic, corners not aligned."""
-    if tuple(old) == tuple(new):
+    if old == new:
         return pos
-    x = pos.unflatten(1, tuple(old)).permute(0, 3, 1, 2)  # (1, d, rows, columns)
-    x = F.interpolate(x, size=tuple(new), mode="bicubic", align_corners=False, antialias=False)
+    x = pos.unflatten(1, old).permute(0, 3, 1, 2)  # (1, d, rows, columns)
+    x = F.interpolate(x, size=new, mode="bicubic", align_corners=False, antialias=False)
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
@@ -208,7 +206,7 @@ def selective_scan_ref(
     Args, Returns, Raises: as `selective_scan`.
     """
     B, C, dtype = _check_scan(u, delta, A, B, C, D, z, delta_bias)
-    delta = delta.to(dtype) if delta_bias is None else delta.to(dtype) + delta_bias[:, None]
+    delta = delta.to(dtype) if delta_bias is None else delta.to(dtype) + delta_bias.to(dtype)[:, None]
     delta = F.softplus(delta) if delta_softplus else delta
     B, C = (x.repeat_interleave(u.shape[1] // x.shape[1], dim=1) for x in (B, C))  # (b, d, n, l): groups share theirs
 
@@ -587,7 +585,7 @@ def selective_scan(
     _require(not dual, f"backend {backend!r} has no forward-mode derivatives: take 'ref' or 'auto'")
     B, C, dtype = _check_scan(u, delta, A, B, C, D, z, delta_bias)
     name, why = ("torch", "") if backend == "torch" else scan_backend(u.device.type, A.shape[1], dtype, backend)
-    if backend in ("triton", "kernel") and name != backend:
+    if backend not in ("auto", name):
         raise RuntimeError(f"backend={backend!r} cannot be used: {why}. backend='auto' takes what there is")
 
     D, bias = (A.new_zeros(len(A)) if x is None else x for x in (D, delta_bias))
@@ -858,8 +856,8 @@ class VisionMamba(nn.Module):
         patches = pos[:, [j for j in range(pos.shape[1]) if j != i]]
         pos = resize_positions(patches, source.config.grid, self.config.grid)
         state["pos_embed"] = self.pos_embed if self.cls_index is None else _insert(pos, cls, self.cls_index)
-        self.load_state_dict({**self.state_dict(), **state})
-        return self.to(pos)  # device and type of the source
+        self.to(pos).load_state_dict({**self.state_dict(), **state})  # first device and type of the source
+        return self
 
 
 # --- ARM: predict the next cluster ------------------------------------------------------------------------------------

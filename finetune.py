@@ -7,8 +7,7 @@
     python finetune.py --eval --checkpoint arm_base.pth --preset imagenet-base --data IMAGENET   # a released file
 
 One scan direction becomes four (digits keep the one), the fixed positions become learned, and class token, final norm
-and head start fresh.
-Datasets, schedule, checkpoints and the set-up of processes come from train.py.
+and head start fresh. Datasets, schedule, checkpoints and the set-up of processes come from train.py.
 """
 
 import train  # first, since it sets OMP_WAIT_POLICY before torch is imported
@@ -80,21 +79,17 @@ def finetuning_arguments(argv: list[str] | None = None) -> tuple[argparse.Namesp
 
     given, _ = parser.parse_known_args(argv)
     if given.from_scratch and (given.eval or given.fresh_directions or given.weights != "model"):
-        raise ValueError(
-            "--eval, --fresh-directions and --weights need a --checkpoint, not --from-scratch: leave one out"
-        )
+        raise ValueError("--eval, --fresh-directions, --weights need a --checkpoint, not --from-scratch: leave one out")
     if given.eval and given.labels or given.probe and (given.class_list or given.holdout):
         raise ValueError("--eval uses no --labels, and --probe neither --class-list nor --holdout: leave one out")
     if given.from_scratch:
-        return train.parse(parser, {name: preset | SCRATCH for name, preset in PRESETS.items()}, argv), None
+        return train.parse(parser, PRESETS, argv, **SCRATCH), None
     begun = {}
     if given.resume and given.output_dir and not given.checkpoint:
         begun = train.newest_checkpoint(given.output_dir)[0]
     path = given.checkpoint or begun and begun["config"]["args"].get("checkpoint")
     path = Path(path or newest_finished(("finetune", "scratch") if given.eval else ("pretrain",)))
     checkpoint = train.load_checkpoint(path)
-    if not isinstance(checkpoint.get("config"), dict) or "stage" not in checkpoint["config"]:
-        checkpoint.pop("config", None)  # another's, of another form
     if settled := [f"--{name.replace('_', '-')}" for name in SHAPE if getattr(given, name) is not None]:
         raise ValueError(f"{', '.join(settled)}: {path} has settled that; leave it out, or train --from-scratch")
     config = checkpoint.get("config", {})
@@ -232,9 +227,8 @@ def evaluation_transform(args: argparse.Namespace, mode: str) -> list:
 @torch.no_grad()
 def outputs(net, data: train.Seeded, draws, args: argparse.Namespace, device: torch.device):
     """Batches of net(images) and labels, of those draws of the data that can be read."""
-    for x, y in DataLoader(
-        data, args.batch_size, sampler=draws, num_workers=args.num_workers, worker_init_fn=train.ignore_signals
-    ):
+    workers = dict(num_workers=args.num_workers, worker_init_fn=train.ignore_signals)
+    for x, y in DataLoader(data, args.batch_size, sampler=draws, **workers):
         with train.autocast(args):
             x = net(x.to(device, torch.get_default_dtype())).float().cpu()
         yield x[y >= 0], y[y >= 0]  # broken images have no label
@@ -268,10 +262,11 @@ def probe(features, labelled: train.Seeded, held: train.Seeded, test: train.Seed
     ks = [k for k in (1, 5, 20) if k <= len(seen[0])]
     knn = [neighbors.KNeighborsClassifier(k, metric=metric) for k in ks for metric in ("l2", "cosine")]
     linear = [linear_model.LogisticRegression(C=10.0**i, max_iter=3000) for i in range(-5, 2)]
+    scalers = "passthrough", preprocessing.StandardScaler()
     results = dict(images=len(test[0]), labels=len(labelled))
     for name, models in dict(knn=knn, linear=linear).items():
-        ways = [(base.clone(m), *scaler) for m in models for scaler in ((), (preprocessing.StandardScaler(),))]
-        fitted = [pipeline.make_pipeline(*way[::-1]).fit(*seen) for way in ways]
+        ways = [pipeline.make_pipeline(scaler, model) for model in models for scaler in scalers]
+        fitted = [base.clone(way).fit(*seen) for way in ways]
         results[name] = 100 * max(fitted, key=lambda model: model.score(*held)).score(*test)
     return results
 
@@ -296,7 +291,7 @@ def train_one(args: argparse.Namespace, run: train.Run, model: VisionMamba, data
         ema.n_averaged.fill_(1)  # average from the first step on; by default that step would only copy
     mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(classes))] if args.mixup else []
     mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(classes))] if args.cutmix else []
-    mix = v2.RandomChoice(mixes) if mixes else lambda x, y: (x, y)
+    mix = v2.RandomChoice(mixes) if mixes else v2.Identity()
 
     def loss_of(net, x, y):
         x, y = mix(x, y)

@@ -74,6 +74,7 @@ SIZES = ("d_model", "depth", "d_state", "patch_size", "cluster_size")
 SWITCH = argparse.BooleanOptionalAction
 LIMITS = {  # what a flag's number may be
     "accum batch_size effective_batch epochs max_steps threads": (1, math.inf),
+    "seed": (0, 2**63 - 1),
     "base_lr min_lr weight_decay clip_grad mixup cutmix num_workers save_every": (0, math.inf),
     "smoothing erasing ema": (0, 1),
     "min_crop eval_crop layer_decay": (0.001, 1),
@@ -305,9 +306,8 @@ class Seeded(Dataset):
         except Exception as error:  # whatever a decoder may raise, but not what memory or storage do
             if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT):
                 raise
-            if not os.path.exists(getattr(self.data, "root", ".")):
-                gone = f"the data folder {self.data.root} has vanished"
-                raise ValueError(f"{gone}: bring it back, and --resume") from None
+            if not os.path.exists(root := getattr(self.data, "root", ".")):
+                raise ValueError(f"the data folder {root} has vanished: bring it back, and --resume") from None
             if not self.broken[index]:
                 self.broken[index] = True
                 line = f"broken image {self.names[index]}: {error}"
@@ -396,7 +396,7 @@ def run_script(main) -> None:
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
-        last = str(error).strip().splitlines()[-1]  # after the traceback, if it comes from a data loading process
+        *_, last = (str(error).strip() or repr(error)).splitlines()  # a data loading process sends its traceback before
         sys.exit(f"error: {last.removeprefix('ValueError: ')}")
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory: lower --batch-size (--accum keeps the effective batch), --grad-checkpoint")
@@ -414,30 +414,31 @@ def run_script(main) -> None:
 
 
 def load_checkpoint(path: Path | str) -> dict:
-    """Read a checkpoint, ours or a released one, without running code that it may carry."""
+    """Read a checkpoint, ours or a released one, without running code that it may carry. Only ours has a "config"."""
     try:
         if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch.load does not look
             raise RuntimeError(f"the checksum of {part} is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True) | {}  # an error if it is no dict
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True) | {}  # an error if it is no dict
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint at {path}") from None
     except Exception as error:  # whatever reading something else may raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is damaged, or no checkpoint that can be trusted: {reason}") from None
+    if not isinstance(checkpoint.get("config"), dict) or not {"stage", "args"} <= checkpoint["config"].keys():
+        checkpoint.pop("config", None)  # another project's, of any form
+    return checkpoint
 
 
 def newest_checkpoint(folder: Path) -> tuple[dict, Path | None]:
     """The newest checkpoint of a run that can be read, and its path; damaged ones are named."""
-    for path in (folder / "last.pt", folder / "previous.pt"):
-        if path.exists():
-            try:
-                state = load_checkpoint(path)
-                if "stage" in state.get("config", {}):
-                    return state, path
-                raise ValueError(f"{path} is of another project")
-            except ValueError as error:
-                say(error)
+    for path in filter(Path.exists, (folder / "last.pt", folder / "previous.pt")):
+        try:
+            if "config" in (state := load_checkpoint(path)):
+                return state, path
+            say(f"{path} is of another project")
+        except ValueError as error:
+            say(error)
     return {}, None
 
 
@@ -716,7 +717,7 @@ def main(argv: list[str] | None = None, objective=ARM, **options) -> dict:
     import matplotlib.pyplot as plt
 
     run.file.seek(0)  # not opened anew: closing any handle would give up the lock
-    records = [json.loads(line) for line in run.file]
+    records = [json.loads(line) for line in run.file] or [dict(step=run.step, loss=math.nan)]  # if the log is gone
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     axes.plot([r["step"] for r in records], [r["loss"] for r in records], color="0.2", linewidth=1)
     axes.set(xlabel="optimiser step", ylabel="training loss (mean squared error)")

@@ -453,6 +453,8 @@ def test_resized(directions):
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
         assert name == "pos_embed" or torch.equal(value, other.state_dict()[name])
+    nn.init.normal_(model.double().pos_embed)
+    assert_same_state(model.resized(TINY.image_size), model)  # to fp64's precision
 
 
 def test_grad_checkpoint_recomputes_blocks_and_keeps_gradients():

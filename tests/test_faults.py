@@ -246,6 +246,10 @@ def test_too_little_gpu_memory_is_said():
     assert "lower --batch-size (--accum keeps the effective batch)" in says(main)
 
 
+def test_an_error_without_words_is_named():
+    assert says(mock.Mock(side_effect=TimeoutError())) == "error: TimeoutError()"
+
+
 def test_other_errors_keep_their_traceback():
     def main():
         raise RuntimeError("a fault of ours")

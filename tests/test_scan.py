@@ -228,6 +228,8 @@ def test_dtypes(dtype, other, backend):
     assert got["y"].dtype == dtype and all(got[k].dtype == x[k].dtype for k in x)
     h = selective_scan(**x, return_last_state=True, backend=backend)[1]
     assert h.dtype == (FP64 if FP64 in (dtype, other) else FP32)
+    wider = x | dict(delta_bias=x["delta_bias"].double())  # does not decide
+    assert selective_scan(**wider, return_last_state=True, backend=backend)[1].dtype == h.dtype
     coarsest = max(torch.finfo(v.dtype).eps for v in x.values())
     bound = 3 * coarsest if coarsest > 1e-6 else BOUND if coarsest > 1e-10 else 1e-13
     check(got, oracle(x), bound)

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -89,7 +90,8 @@ def test_flags_override_presets_and_mistakes_are_named(capsys):
     for wrong in (["--epoch", "7"], ["--preset", "imagenet"], ["--order", "diagonal"]):  # no abbreviations
         with pytest.raises(SystemExit):
             train.pretraining_arguments(wrong)
-    for flag, wrong in {"--accum": 0, "--max-steps": -1, "--min-crop": 0.0, "--base-lr": "nan"}.items():
+    wrongs = {"--accum": 0, "--max-steps": -1, "--min-crop": 0.0, "--base-lr": "nan", "--seed": 2**63}
+    for flag, wrong in wrongs.items():
         with pytest.raises(ValueError, match=f"{flag} {wrong} must be from .* to .*: change it"):
             train.pretraining_arguments(["--preset", "folder", flag, str(wrong)])
     for flag, wrong in {"--smoothing": 2.0, "--eval-crop": 0.0, "--mixup": -1.0}.items():
@@ -869,6 +871,13 @@ def test_a_comparison_that_was_stopped_goes_on_as_it_says(monkeypatch, capsys):
     assert finetune.main([*TINY, "--compare", "--output-dir", folder, "--resume"])["scratch"]["images"] == 355
 
 
+def test_a_finished_run_without_its_log_goes_on():
+    pretrain("--output-dir", "run")
+    Path("run/log.jsonl").unlink()
+    results = pretrain("--output-dir", "run", "--resume")
+    assert math.isnan(results["loss"]) and results["parameters"] > 0
+
+
 def test_a_folder_of_any_name_goes_on_as_it_says(monkeypatch, capsys):
     """Also of the name that a comparison gives to its second run's."""
     save = train.Run.save
@@ -880,8 +889,9 @@ def test_a_folder_of_any_name_goes_on_as_it_says(monkeypatch, capsys):
 
 def test_a_checkpoint_of_another_project_is_not_gone_on_with():
     Path("run").mkdir()
-    torch.save(dict(model={}), "run/last.pt")
-    for script in (pretrain, classify):
+    contents = dict(model={}), dict(config=None), dict(config=dict(stage="pretrain"))
+    for content, script in itertools.product(contents, (pretrain, classify)):
+        torch.save(content, "run/last.pt")
         with pytest.raises(ValueError, match="run has no checkpoint that can be read|no finished pretrain run"):
             script("--output-dir", "run", "--resume")
 
