@@ -93,11 +93,14 @@ class ARMConfig:
         for name in ("d_model", "decoder_dim"):
             _require(numbers[name] % 4 == 0, f"{name} {numbers[name]} must be divisible by 4, for its positions")
         _require(self.decoder_dim % heads == 0, f"decoder_dim {self.decoder_dim} is not divisible by its {heads} heads")
-        _require(type(self.order_seed) is int, f"order_seed {self.order_seed!r} must be an integer")
+        fits = type(self.order_seed) is int and abs(self.order_seed) < 2**63
+        _require(fits, f"order_seed {self.order_seed!r} must be an integer of 64 bits")
+        _require(type(self.norm_pix) is bool, f"norm_pix {self.norm_pix!r} must be True or False")
         _require(self.order in ORDERS, f"order {self.order!r} is unknown: choose one of {', '.join(ORDERS)}")
         _require(blocks <= depth, f"decoder_depth {blocks} taps as many of only {depth} encoder blocks: lower it")
         first = min(depth // 2, depth - blocks + 1)
-        taps = self.taps or [first + i * (depth - first) // (blocks - 1) for i in range(blocks - 1)] + [depth]
+        spaced = [first + i * (depth - first) // (blocks - 1) for i in range(blocks - 1)] + [depth]
+        taps = spaced if self.taps is None else self.taps
         rising = isinstance(taps, tuple | list) and {type(tap) for tap in taps} == {int} and [*taps] == sorted({*taps})
         rule = f"{blocks} (decoder_depth) blocks rising from 1 to {depth}; taps=None spaces them"
         _require(rising and len(taps) == blocks and taps[0] >= 1 and taps[-1] == depth, f"taps {taps} must be {rule}")
@@ -119,6 +122,8 @@ VARIANTS = {
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cut images (b, c, height, width) into patches (b, l, p*p*c), both in raster order; pixels as (row, column, c)."""
+    _require(images.ndim == 4, f"images are {tuple(images.shape)}: they must be (b, c, height, width)")
+    _require(patch_size > 0, f"patch_size {patch_size} must be positive")
     (b, c, height, width), p = images.shape, patch_size
     _require(height % p == width % p == 0, f"image size {(height, width)} is not divisible by patch_size {p}")
     x = images.reshape(b, c, height // p, p, width // p, p)
@@ -127,8 +132,9 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 def unpatchify(patches: Tensor, patch_size: int, image_size: tuple[int, int]) -> Tensor:
     """Inverse of `patchify`: (b, l, p*p*c) -> (b, c, height, width)."""
+    _require(patches.ndim == 3, f"patches are {tuple(patches.shape)}: they must be (b, l, pixels)")
     (b, l, pixels), p, (height, width) = patches.shape, patch_size, image_size
-    fits = height % p == width % p == 0 and l * p * p == height * width and pixels % p**2 == 0
+    fits = p > 0 and height % p == width % p == 0 and l * p * p == height * width and pixels % p**2 == 0
     _require(fits, f"{l} patches of {pixels} values do not make {height}x{width} pixels with patch_size {p}")
     x = patches.reshape(b, height // p, width // p, p, p, pixels // p**2)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, pixels // p**2, height, width)
@@ -150,8 +156,9 @@ def to_clusters(x: Tensor, grid: tuple[int, int], cluster_size: int, order: Tens
     Args: grid, rows and columns of tokens, l = rows * columns; cluster_size, tokens per side of a cluster; order, the
     clusters to take, in turn, by raster number, or None for raster order.
     """
+    _require(x.ndim == 3, f"tokens are {tuple(x.shape)}: they must be (b, l, d)")
     (b, l, d), (rows, columns), s = x.shape, grid, cluster_size
-    fits = rows % s == columns % s == 0
+    fits = s > 0 and rows % s == columns % s == 0
     _require(fits, f"{rows}x{columns} patches do not divide into clusters of {s}x{s}: change one of the sizes")
     _require(l == rows * columns, f"{l} tokens do not fill the grid of {rows}x{columns} patches")
     x = x.reshape(b, rows // s, s, columns // s, s, d).transpose(2, 3)  # (b, rows / s, columns / s, s, s, d)
@@ -762,7 +769,7 @@ class VisionMamba(nn.Module):
 
     def __init__(self, config: ARMConfig, num_classes: int | None = 1000, directions=4, pool="mean", drop_path=0.0):
         super().__init__()
-        _require(directions in (1, 4), f"directions {directions!r} must be 1 or 4")
+        _require(type(directions) is int and directions in (1, 4), f"directions {directions!r} must be 1 or 4")
         _require(pool in ("mean", "cls"), f"pool {pool!r} must be 'mean' or 'cls'")
         fits = num_classes is None or type(num_classes) is int and num_classes > 0
         _require(fits, f"num_classes {num_classes} must be a positive integer, or None")
@@ -787,13 +794,17 @@ class VisionMamba(nn.Module):
             self.norm_f, self.head = nn.LayerNorm(d), linear(d, num_classes)
             nn.init.normal_(self.head.weight, std=0.02)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (b, c, height, width) -> tokens with positions, in raster order, class token included, (b, l, d)."""
+    def check(self, images: Tensor) -> None:
+        """A ValueError if these are not images for this model: shape, type."""
         shape, ours = tuple(images.shape), (self.config.channels, *self.config.image_size)
         _require(shape[1:] == ours, f"images are {shape}, this model takes {('b', *ours)}: resize or build it anew")
         dtype, device = self.patch_embed.weight.dtype, images.device.type
         fits = images.dtype == dtype or images.is_floating_point() and torch.is_autocast_enabled(device)
         _require(fits, f"images have dtype {images.dtype}: convert to {dtype}, the model's, and normalise them")
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (b, c, height, width) -> tokens with positions, in raster order, class token included, (b, l, d)."""
+        self.check(images)
         x = self.patch_embed(images).flatten(2).mT  # (b, l, d)
         if self.cls_index is not None:
             x = _insert(x, self.cls_token.expand(x.shape[0], -1, -1), self.cls_index)  # (b, l + 1, d)
@@ -832,7 +843,8 @@ class VisionMamba(nn.Module):
         The pretrained direction is copied to every direction. The fixed positions, interpolated to the new grid,
         become learned, with a zero row for the class token. Class token, final norm and head start fresh (head 2e-5).
         """
-        config = replace(arm.config, image_size=image_size or arm.config.image_size)
+        _require(isinstance(arm, ARM), f"from_arm takes an ARM, not a {type(arm).__name__}")
+        config = arm.config if image_size is None else replace(arm.config, image_size=image_size)
         model = cls(config, num_classes, directions, pool, drop_path)
         if num_classes is not None:
             nn.init.normal_(model.head.weight, std=2e-5)
@@ -947,6 +959,7 @@ class ARM(nn.Module):
 
     def target(self, images: Tensor) -> Tensor:
         """What `predict` should return, (b, l, p*p*c): patches, with norm_pix minus their mean, over their std."""
+        self.encoder.check(images)
         x = self.arrange(patchify(images, self.config.patch_size))[:, -len(self.mask) :]
         if self.config.norm_pix:
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()  # unbiased variance
@@ -986,6 +999,7 @@ def official_names(name: str, directions: int) -> list[str]:
 
 def to_official(model: "ARM | VisionMamba") -> dict[str, Tensor]:
     """A model's weights under the names of the released files, as new tensors; the inverse of `load_official`."""
+    _require(isinstance(model, ARM | VisionMamba), f"a {type(model).__name__} is neither ARM nor VisionMamba")
     arm, config = isinstance(model, ARM), model.config
     encoder = model.encoder if arm else model
     told = not arm or config.order == "row" and config.norm_pix and config.taps == replace(config, taps=None).taps
@@ -1016,9 +1030,15 @@ def load_official(checkpoint, *, pool="mean", image_size=None, grid=None, weight
 
     Raises: ValueError that lists missing, unexpected and misshapen keys, or names what else is wrong.
     """
+    _require(pool in ("mean", "cls"), f"pool {pool!r} must be 'mean' or 'cls'")
     if not isinstance(checkpoint, dict):
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # whatever reading something else may raise
+            raise ValueError(f"not a checkpoint that can be read and trusted: {error}") from error
     _require(isinstance(checkpoint, dict), f"not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict")
     found = [key for key in ("model", "model_ema") if checkpoint.get(key) is not None]
     there = ", ".join(found) or "bare weights"
@@ -1040,7 +1060,7 @@ def load_official(checkpoint, *, pool="mean", image_size=None, grid=None, weight
     d, channels, p, _ = state["patch_embed.proj.weight"].shape
     l = state["pos_embed"].shape[1] - (0 if arm else 1)
     grid = (math.isqrt(l),) * 2 if grid is None else grid
-    fits = isinstance(grid, tuple | list) and len(grid) == 2 and math.prod(grid) == l
+    fits = isinstance(grid, tuple | list) and [type(x) for x in grid] == [int, int] and math.prod(grid) == l
     _require(fits, f"a grid of {grid} does not hold {l} positions: give grid=(rows, columns)")
     if arm:  # whose positions are fixed, and tell
         own = torch.allclose(state["pos_embed"].float().cpu(), sincos_positions(d, grid).float(), atol=1e-2)
@@ -1049,7 +1069,7 @@ def load_official(checkpoint, *, pool="mean", image_size=None, grid=None, weight
     sizes = dict(image_size=(grid[0] * p, grid[1] * p), channels=channels, patch_size=p, d_model=d, depth=depth)
     sizes |= dict(d_state=state["layers.0.mixer.A_log"].shape[1], d_conv=state["layers.0.mixer.conv1d.weight"].shape[2])
     if arm:
-        cluster_size = math.isqrt(int((state["mask"][0] == 0).sum()))  # the first query sees one cluster
+        cluster_size = math.isqrt(int((state["mask"][:1] == 0).sum()))  # the first query sees one cluster
         sizes |= dict(cluster_size=cluster_size, decoder_dim=state["ar_token"].shape[2])
     config = ARMConfig(**sizes, decoder_depth=decoder_depth or 1)  # which a classifier has no use for
     model = ARM(config) if arm else VisionMamba(config, len(state["head.weight"]), directions=4, pool=pool)

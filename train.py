@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -70,7 +71,7 @@ PRESETS = {
     # huge's recipe is not published: large's values, with the paper's batch and epochs
     "imagenet-huge": IMAGENET | dict(variant="huge", effective_batch=512, epochs=800),
 }
-SIZES = ("d_model", "depth", "d_state", "patch_size", "cluster_size")
+SIZES = ("d_model", "depth", "d_state", "d_conv", "patch_size", "cluster_size")
 SWITCH = argparse.BooleanOptionalAction
 LIMITS = {  # what a flag's number may be
     "accum batch_size effective_batch epochs max_steps threads": (1, math.inf),
@@ -159,6 +160,7 @@ def pretraining_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common_parser(__doc__.split("\n")[0])
     add = parser.add_argument_group("objective").add_argument
     add("--order", choices=ORDERS, default="row", help="in which the clusters are read and predicted")
+    add("--order-seed", type=int, help="of the random order; default: --seed")
     add("--norm-pix", action=SWITCH, default=True, help="normalise the pixels of each target")
     add("--decoder-dim", type=int)
     add("--decoder-depth", type=int)
@@ -313,7 +315,7 @@ class Seeded(Dataset):
                 line = f"broken image {self.names[index]}: {error}"
                 print(line.encode("ascii", "backslashreplace").decode(), flush=True)  # on any console
             broken = [str(self.names[i]) for i in self.broken.nonzero().flatten().tolist()]
-            if not self.exact and len(broken) > 0.05 * len(self):
+            if not self.exact and len(broken) > max(1, 0.05 * len(self)):
                 many = f"{len(broken)} of {len(self)} images are broken, more than 5 %"
                 raise ValueError(f"{many}; repair or remove {', '.join(broken)}") from None
 
@@ -729,7 +731,9 @@ def main(argv: list[str] | None = None, objective=ARM, **options) -> dict:
     results = dict(loss=records[-1]["loss"], seconds=round(seconds, 1), parameters=count(arm), broken=run.broken)
     results = run.write_results(results | dict(args=vars(args)))
     say(f"done in {seconds:.0f} s: loss {results['loss']:.4f}; look at the pictures in {run.folder}")
-    say(f"next: python finetune.py --checkpoint {run.folder}/last.pt")
+    unlabelled = args.data and len(images.classes) == 1
+    where = " --data FOLDER    # with labels: train/ and val/, and in each a subfolder per class" if unlabelled else ""
+    say(f"next: python finetune.py --checkpoint {shlex.quote(str(run.last))}{where}")
     return results
 
 

@@ -8,7 +8,6 @@ import argparse
 import itertools
 import math
 import os
-import pickle
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -69,10 +68,12 @@ def assert_same_state(a: nn.Module, b: nn.Module):
         ({"decoder_dim": 200}, "decoder_dim 200 is not divisible by its 3 heads"),
         ({"order": "diagonal"}, "order 'diagonal' is unknown: choose one of row, row-reversed, column, random"),
         ({"order_seed": 1.5}, "order_seed 1.5 must be an integer"),
+        ({"order_seed": 2**70}, "order_seed 1180591620717411303424 must be an integer of 64 bits"),
+        ({"norm_pix": "false"}, "norm_pix 'false' must be True or False"),
         ({"decoder_depth": 13}, "decoder_depth 13 taps as many of only 12 encoder blocks"),
         ({"taps": (6, 8, 12)}, r"taps \(6, 8, 12\) must be 4 .decoder_depth. blocks"),
         ({"taps": (6, 8, 10, 11)}, "taps .* rising from 1 to 12"),
-        *[({"taps": taps}, "taps .* rising from 1 to 12") for taps in (12, "abcd", (6.0, 8.0, 10.0, 12.0))],
+        *[({"taps": taps}, "taps .* rising from 1 to 12") for taps in (12, (), "abcd", (6.0, 8.0, 10.0, 12.0))],
         *[({"taps": taps}, "taps .* rising from 1") for taps in [(6, 10, 8, 12), (8, 8, 10, 12), (0, 8, 10, 12)]],
     ],
 )
@@ -171,6 +172,17 @@ def test_random_order_depends_on_its_seed_alone():
 def test_patch_and_cluster_errors():
     with pytest.raises(ValueError, match=r"image size \(8, 10\) is not divisible by patch_size 4"):
         armamba.patchify(torch.zeros(1, 3, 8, 10), 4)
+    for function, shape, rest, message in (
+        (armamba.patchify, (3, 8, 8), [4], r"images are \(3, 8, 8\): they must be \(b, c, height, width\)"),
+        (armamba.patchify, (1, 3, 8, 8), [0], "patch_size 0 must be positive"),
+        (armamba.patchify, (1, 3, 8, 8), [-4], "patch_size -4 must be positive"),
+        (armamba.unpatchify, (4, 48), [4, (8, 8)], r"patches are \(4, 48\): they must be \(b, l, pixels\)"),
+        (armamba.unpatchify, (1, 4, 48), [0, (8, 8)], "with patch_size 0"),
+        (armamba.to_clusters, (24, 3), [(4, 6), 2], r"tokens are \(24, 3\): they must be \(b, l, d\)"),
+        (armamba.to_clusters, (1, 24, 3), [(4, 6), 0], "4x6 patches do not divide into clusters of 0x0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(torch.zeros(shape), *rest)
     with pytest.raises(ValueError, match="4 patches of 48 values do not make 8x12 pixels with patch_size 4"):
         armamba.unpatchify(torch.zeros(1, 4, 48), 4, (8, 12))
     for regroup in (armamba.to_clusters, armamba.from_clusters):
@@ -396,8 +408,24 @@ def test_vision_mamba_errors():
             model(images)
     with pytest.raises(ValueError, match="images have dtype torch.uint8: convert to torch.float32"):
         model(good.to(torch.uint8))
+    arm = ARM(TINY)
+    for wrong, message in {
+        good[:, :1]: "images are .* this model takes",
+        good[0]: "images are .* this model takes",
+        good.byte(): "images have dtype torch.uint8",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            arm.target(wrong)
+    with pytest.raises(ValueError, match="image_size 0 must be a positive integer"):
+        VisionMamba.from_arm(arm, 7, image_size=0)
+    with pytest.raises(ValueError, match="from_arm takes an ARM, not a VisionMamba"):
+        VisionMamba.from_arm(model, 7)
+    with pytest.raises(ValueError, match="a Linear is neither ARM nor VisionMamba"):
+        to_official(nn.Linear(1, 1))
     for wrong in (
         {"directions": 2},
+        {"directions": True},
+        {"directions": 4.0},
         {"pool": "max"},
         {"num_classes": 0},
         {"num_classes": 3.0},
@@ -693,14 +721,16 @@ def test_official_round_trip(make):
 
 
 @BOTH
-def test_released_file_form(make, tmp_path):
+def test_released_file_form(make, tmp_path, caplog):
     raw, ema = make(), make()
     args = argparse.Namespace(lr=1e-3, betas=(0.9, 0.95), output_dir="x", nested=argparse.Namespace(a=[1]))
     content = {"model": to_official(raw), "model_ema": to_official(ema), "epoch": 3, "scaler": {}, "args": args}
     content["optimizer"] = torch.optim.AdamW(raw.parameters()).state_dict()
     torch.save(content, tmp_path / "checkpoint.pth")
     assert_same_state(load_official(tmp_path / "checkpoint.pth"), raw)
+    assert "using the weights 'model' (the checkpoint has: model, model_ema)" in caplog.text
     assert_same_state(load_official(str(tmp_path / "checkpoint.pth"), weights="model_ema"), ema)
+    assert "using the weights 'model_ema'" in caplog.text
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
     compiled = {f"_orig_mod.module.{name}": value for name, value in to_official(raw).items()}  # and run by many
     assert_same_state(load_official(compiled), raw)
@@ -713,6 +743,14 @@ def test_released_file_form(make, tmp_path):
     for wrong in ({"model": 3}, {"model": [raw]}, {0: torch.zeros(1)}, {"head.weight": 3}):
         with pytest.raises(ValueError, match="not a checkpoint: weights are named tensors"):
             load_official(wrong)
+    for content in (b"text", b"", b"PK\x03\x04"):
+        (tmp_path / "checkpoint.pth").write_bytes(content)
+        with pytest.raises(ValueError, match="not a checkpoint that can be read and trusted"):
+            load_official(tmp_path / "checkpoint.pth")
+    with pytest.raises(FileNotFoundError):
+        load_official(tmp_path / "nothing.pth")
+    with pytest.raises(ValueError, match="pool 'max' must be 'mean' or 'cls'"):
+        load_official(to_official(raw), pool="max")
 
 
 class Payload:
@@ -727,7 +765,7 @@ def test_files_with_other_classes_are_refused(tmp_path):
     trap = tmp_path / "executed"
     for args in (Payload(trap), argparse.Namespace(hook=Payload(trap)), types.SimpleNamespace(lr=1)):
         torch.save({"model": to_official(MODELS["arm"]()), "args": args}, tmp_path / "file.pth")
-        with pytest.raises(pickle.UnpicklingError):
+        with pytest.raises(ValueError, match="not a checkpoint that can be read and trusted"):
             load_official(tmp_path / "file.pth")
     assert not trap.exists()
 
@@ -772,12 +810,18 @@ def test_load_arm_for_another_image_size(released, image_size):
 @pytest.mark.parametrize("make", [ARM, lambda config: VisionMamba(config, 7)], ids=MODELS)
 def test_load_from_a_grid_that_is_not_square(make):
     model = make(TINY)
-    for grid, message in {None: r"\(4, 4\)", 4: "4", (3, 7): r"\(3, 7\)"}.items():
+    for grid, message in {None: r"\(4, 4\)", 4: "4", (3, 7): r"\(3, 7\)", ("4", "6"): r"\('4', '6'\)"}.items():
         with pytest.raises(ValueError, match=f"a grid of {message} does not hold 24 positions: give grid="):
             load_official(to_official(model), grid=grid)
     loaded, images = load_official(to_official(model), grid=TINY.grid), random_images(TINY)
     assert_same_state(loaded, model)
     assert torch.equal(loaded(images), model(images))
+
+
+def test_a_mask_of_nothing_is_named():
+    state = to_official(MODELS["arm"]()) | {"mask": torch.zeros(0, 0)}
+    with pytest.raises(ValueError, match="cluster_size 0 must be a positive integer"):
+        load_official(state)
 
 
 def test_positions_need_four_equal_parts():

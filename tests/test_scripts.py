@@ -25,7 +25,7 @@ from PIL import Image
 import armamba
 import finetune
 import train
-from armamba import ARM, VARIANTS, ARMConfig, VisionMamba, patchify, to_official, unpatchify
+from armamba import ARM, VARIANTS, ARMConfig, VisionMamba, from_clusters, patchify, to_official, unpatchify
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--batch-size", "16", "--max-steps", "6", "--device", "cpu"]
@@ -198,6 +198,73 @@ def test_the_logged_rate_is_the_schedules_and_scales_with_the_effective_batch():
         assert lr == pytest.approx(train.learning_rate(epoch, 28, 1, 0.032 * 32 / 256, 0))
 
 
+def test_the_recipe_is_what_training_does(monkeypatch):
+    """Not only what the arguments say: rates of the groups, clipping, betas, smoothing, mixing."""
+    steps, losses, mixed, mixers = [], [], [], []
+    update, loss = torch.optim.AdamW.step, finetune.cross_entropy
+
+    def step(optimizer, *rest):
+        steps.append([dict(group) for group in optimizer.param_groups])
+        return update(optimizer, *rest)
+
+    def mix(images, labels):
+        mixed.append(labels.shape)
+        return images, torch.nn.functional.one_hot(labels, 10).float()
+
+    def smoothed(logits, labels, **options):
+        losses.append((labels.shape, options))
+        return loss(logits, labels, **options)
+
+    pretrain("--output-dir", "run")
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(finetune, "cross_entropy", smoothed)
+    monkeypatch.setattr(finetune.v2, "RandomChoice", lambda kinds: mixers.extend(kinds) or mix)
+    flags = "--checkpoint run/last.pt --layer-decay 0.5 --mixup 0.8 --cutmix 1 --smoothing 0.2 --betas 0.8 0.9"
+    classify(*flags.split(), "--clip-grad", "1e-6", "--output-dir", "tuned")
+    assert [(type(kind).__name__, kind.alpha) for kind in mixers] == [("MixUp", 0.8), ("CutMix", 1.0)]
+    rates = [row[3] for row in log("tuned")]
+    assert len(steps) == len(rates) == len(mixed) == 6 and max(rates) > 0
+    for groups, rate in zip(steps, rates):
+        assert {group["lr_scale"] for group in groups} == {0.5**i for i in range(6)}  # four blocks
+        assert all(group["lr"] == pytest.approx(rate * group["lr_scale"]) for group in groups)
+        assert all(group["betas"] == (0.8, 0.9) and group["eps"] == 1e-8 for group in groups)
+    assert losses == [((16, 10), dict(label_smoothing=0.2))] * 6  # mixed labels, a row of shares each
+    moments = [state["exp_avg"].abs().max() for state in load("tuned/last.pt")["optimizer"]["state"].values()]
+    assert 0 < max(moments) < 1e-6 < min(row[4] for row in log("tuned"))  # the logged norm is of before the clipping
+
+
+def test_devices_in_order(monkeypatch):
+    for cuda, mps, device in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=cuda: found)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda found=mps: found)
+        assert train.set_up(train.pretraining_arguments([])).type == device
+
+
+def test_the_figure_shows_what_was_seen_and_what_is_predicted():
+    import matplotlib.pyplot as plt
+
+    torch.manual_seed(0)
+    arm = ARM(replace(VARIANTS["micro"], image_size=24, patch_size=4, cluster_size=2, channels=1))
+    images = torch.rand(2, 1, 24, 24)  # 9 clusters of 8 x 8 pixels; 3 and 6 of them are seen
+    figure = train.prediction_figure(arm.eval(), images, "L")
+    panels = {axis.get_title().split(" for")[0]: axis.images[0].get_array()[..., 0] for axis in figure.axes}
+    (true, seen, target, prediction, pixels) = (panels[name][2:26, 2:26] for name in panels)  # the first image
+    mean, deviation = (x[0] for x in train.PIXELS["L"])
+    grey = np.full((8, 8), mean, dtype="float32")
+    np.testing.assert_allclose(true, (images[0, 0] * deviation + mean).clamp(0, 1), atol=1e-6)
+    blocks = [(slice(8 * i, 8 * i + 8), slice(8 * j, 8 * j + 8)) for i in range(3) for j in range(3)]
+    for k, block in enumerate(blocks):
+        np.testing.assert_allclose(seen[block], true[block] if k < 3 else grey, atol=1e-6)
+        wrong = abs(pixels[block] - true[block]).max()  # of a model that has learnt nothing
+        assert wrong > 0.01 if k else np.allclose(pixels[block], grey)
+    with torch.no_grad():
+        for shown, tokens in ((target, arm.target(images)), (prediction, arm.predict(images))):
+            whole = from_clusters(torch.cat([torch.zeros(2, 4, 16), tokens], 1), (6, 6), 2)
+            whole = unpatchify(whole, 4, (24, 24))[0, 0] * deviation + mean
+            np.testing.assert_allclose(shown, whole.clamp(0, 1), atol=1e-5)
+    plt.close(figure)
+
+
 def test_weight_decay_is_for_matrices_and_convolutions_only():
     arm, classifier = ARM(VARIANTS["micro"]), VisionMamba(VARIANTS["micro"], 10)
     for model in (arm, classifier):
@@ -294,7 +361,7 @@ def test_an_epoch_visits_every_image_once_and_drops_the_rest():
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_any_folder_of_images_labelled_or_not(mode, tmp_path):
+def test_any_folder_of_images_labelled_or_not(mode, tmp_path, capsys):
     root = make_folder(tmp_path / "photos", mode=mode)
     args = ["--data", root, "--image-size", "16", "32", "--patch-size", "4", "--batch-size", "4", "--num-workers", "0"]
     pretrain(*args, "--output-dir", "labelled")
@@ -305,7 +372,11 @@ def test_any_folder_of_images_labelled_or_not(mode, tmp_path):
     flat.mkdir()
     for i, path in enumerate(sorted(Path(root).rglob("*.png"))):
         path.rename(flat / f"{i}.png")
-    pretrain(*args, "--data", flat, "--output-dir", "flat-run")
+    assert capsys.readouterr().out.endswith("next: python finetune.py --checkpoint labelled/last.pt\n")
+    pretrain(*args, "--data", flat, "--output-dir", "flat run")
+    said = "next: python finetune.py --checkpoint 'flat run/last.pt' --data FOLDER    # with labels"
+    assert said in capsys.readouterr().out
+    Path("flat run").rename("flat-run")
     assert load("flat-run/last.pt")["config"]["classes"] == ["."]
     (flat / "more").mkdir()
     next(flat.glob("*.png")).rename(flat / "more/x.png")  # images beside a folder are not left out
@@ -633,11 +704,12 @@ def test_comparison_trains_both_with_their_own_recipe(capsys):
 
 def test_model_flags():
     shapes = ["--d-model", 32, "--depth", 3, "--d-state", 8, "--decoder-dim", 24, "--decoder-depth", 2, "--taps", 1, 3]
-    pretrain("--output-dir", "run", *shapes, "--betas", 0.8, 0.9)
+    pretrain("--output-dir", "run", *shapes, "--betas", 0.8, 0.9, "--d-conv", 3, "--order-seed", 7)
     checkpoint = load("run/last.pt")
     model, betas = checkpoint["config"]["model"], checkpoint["optimizer"]["param_groups"][0]["betas"]
     assert (model["d_model"], model["depth"], model["d_state"], model["taps"]) == (32, 3, 8, (1, 3))
     assert (model["decoder_dim"], model["decoder_depth"], tuple(betas)) == (24, 2, (0.8, 0.9))
+    assert (model["d_conv"], model["order_seed"]) == (3, 7)
     classify("--checkpoint", "run/last.pt", "--compare", "--output-dir", "ft", "--directions", 4)
     for run in ("ft", "ft/from-scratch"):
         model = load(f"{run}/last.pt")["config"]["model"]
