@@ -36,7 +36,7 @@ LARGE = IMAGENET | dict(layer_decay=0.75, drop_path=0.3)  # also huge's, which i
 DIGITS = dict(labels=100, epochs=50, warmup_epochs=25, base_lr=8e-2, layer_decay=0.8, betas=(0.9, 0.95), compare=True)
 DIGITS |= dict(directions=1)  # half the time of the paper's four, and scores vary less from seed to seed
 FASHION = dict(epochs=20, warmup_epochs=2, base_lr=2e-2, layer_decay=0.8)
-SMALL = dict(epochs=20, warmup_epochs=2, base_lr=4e-3, layer_decay=0.75, drop_path=0.1, mixup=0.8, cutmix=1.0)
+SMALL = dict(epochs=20, warmup_epochs=2, base_lr=1.6e-2, layer_decay=0.75, drop_path=0.1, mixup=0.8, cutmix=1.0)
 RECIPES = zip(train.PRESETS, (DIGITS, FASHION, SMALL, SMALL, IMAGENET, LARGE, LARGE), strict=True)
 PRESETS = {name: train.PRESETS[name] | recipe for name, recipe in RECIPES}
 # What differs when training from scratch: no layer-wise decay, since there is nothing below to protect. (Digits: on
@@ -228,10 +228,12 @@ def evaluation_transform(args: argparse.Namespace, mode: str) -> list:
 def outputs(net, data: train.Seeded, draws, args: argparse.Namespace, device: torch.device):
     """Batches of net(images) and labels, of those draws of the data that can be read."""
     workers = dict(num_workers=args.num_workers, worker_init_fn=train.ignore_signals)
-    for x, y in DataLoader(data, args.batch_size, sampler=draws, **workers):
-        with train.autocast(args):
-            x = net(x.to(device, torch.get_default_dtype())).float().cpu()
-        yield x[y >= 0], y[y >= 0]  # broken images have no label
+    stream = iter(DataLoader(data, args.batch_size, sampler=draws, **workers))
+    with train.ending(stream):
+        for x, y in stream:
+            with train.autocast(args):
+                x = net(x.to(device, torch.get_default_dtype())).float().cpu()
+            yield x[y >= 0], y[y >= 0]  # broken images have no label
 
 
 def evaluate(model, data: train.Seeded, args: argparse.Namespace, device: torch.device, columns=slice(None)) -> dict:

@@ -9,7 +9,8 @@
 
 A preset is a set of defaults, any flag overrides it, and the resolved configuration is printed and kept in every
 checkpoint. What is random (weights, crops, order) is drawn from the seed and from what it is for (epoch, image, step),
-never from how the run got there: so a resumed run, or one with more workers, sees the same.
+never from how the run got there: so a resumed run, or one with more workers, sees the same. Mixup and stochastic depth
+are drawn for each forward pass: as many processes, or as many accumulated passes, give the same.
 """
 
 import os
@@ -22,6 +23,7 @@ import itertools
 import json
 import math
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -29,7 +31,7 @@ import sys
 import time
 import zipfile
 import zlib
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -240,14 +242,16 @@ def load_images(args: argparse.Namespace, train: bool) -> Dataset:
 
 def open_upright(path: str) -> Image.Image:
     """As its EXIF says that it was held; ImageNet's protocol does not look at that."""
-    return ImageOps.exif_transpose(Image.open(path))
+    image = Image.open(path)
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def plain(image: Image.Image, mode: str) -> Image.Image:
     """Any kind of image as 8-bit "L" or "RGB": 16 bits are scaled down, what is transparent shows white."""
-    if image.mode in ("F", "I"):
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):  # these have 16 bits at most
         raise ValueError("32-bit pixels, whose range is not known: convert it to 8 or 16 bits")
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -400,6 +404,8 @@ def run_script(main) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         *_, last = (str(error).strip() or repr(error)).splitlines()  # a data loading process sends its traceback before
         sys.exit(f"error: {last.removeprefix('ValueError: ')}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory: lower --batch-size (--accum keeps the effective batch), --grad-checkpoint")
     except RuntimeError as error:
@@ -425,7 +431,9 @@ def load_checkpoint(path: Path | str) -> dict:
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint at {path}") from None
     except Exception as error:  # whatever reading something else may raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]  # torch advises trust
+        wants = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {wants[1]}" if wants else reason
         raise ValueError(f"{path} is damaged, or no checkpoint that can be trusted: {reason}") from None
     if not isinstance(checkpoint.get("config"), dict) or not {"stage", "args"} <= checkpoint["config"].keys():
         checkpoint.pop("config", None)  # another project's, of any form
@@ -453,6 +461,15 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@contextmanager
+def ending(stream):
+    """End a DataLoader's processes, also after an error: Python would wait for them, as they ignore its signal."""
+    try:
+        yield
+    finally:
+        getattr(stream, "_shutdown_workers", int)()
+
+
 class Run:
     """A folder with log.jsonl, last.pt, previous.pt and, at the end, results.json and pictures."""
 
@@ -473,7 +490,8 @@ class Run:
                 raise ValueError(f"another live run writes to {self.folder}: give another --output-dir") from None
             except OSError as error:
                 say(f"no lock on {self.folder} ({error}): do not start a second run in it")
-            self.temporary.unlink(missing_ok=True)
+            self.temporary.touch()  # an error if checkpoints cannot be written here
+            self.temporary.unlink()
         found = [path for path in (self.last, self.previous) if path.exists()]
         if stage in ("eval", "probe") and (found or (self.folder / "results.json").exists()):
             raise ValueError(f"{self.folder} holds a run or results: give another --output-dir")
@@ -544,7 +562,9 @@ class Run:
                     os.fsync(file.fileno())
             except (OSError, RuntimeError) as error:
                 self.temporary.unlink(missing_ok=True)
-                reason = f"{error.__cause__ or error.__context__ or error}".splitlines()[0]
+                while not getattr(error, "errno", None) and error.__context__:  # torch's own words hide the disk's
+                    error = error.__context__
+                reason = str(error).splitlines()[0]
                 raise OSError(f"cannot save step {step} ({reason}); older checkpoints are intact") from None
             os.fsync(self.file.fileno())
             if self.good == self.last:  # and not damaged
@@ -624,8 +644,7 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
         for number in SIGNALS:
             stack.callback(signal.signal, number, signal.signal(number, run.on_signal))
         stream = iter(DataLoader(data, batch_sampler=batches, **options))
-        # workers ignore signals, so that Python would wait for them after an error
-        stack.callback(getattr(stream, "_shutdown_workers", int))
+        stack.enter_context(ending(stream))
         for step in progress:
             epoch = args.epochs * step / steps
             lr = learning_rate(epoch, args.epochs, args.warmup_epochs, peak, args.min_lr)

@@ -172,7 +172,7 @@ def cost(args) -> list[dict]:
         rate, word = measured.get(key, (sustained[0] / per_image, "estimated"))
         hours, row = epochs * IMAGES / rate / 3600, {"size": key[0], "stage": key[1], "epochs": epochs}
         row |= {"GFLOP per image": per_image / 1e9, "images/s, 1 GPU": f"{rate:.0f} ({word})"}
-        rows.append(row | {"hours, 1 GPU": f"{hours:.0f} ({word})", "hours, 8 GPUs": f"{hours / 8:.1f} (estimated)"})
+        rows.append(row | {"hours, 1 GPU": f"{hours:.0f} (estimated)", "hours, 8 GPUs": f"{hours / 8:.1f} (estimated)"})
     return rows
 
 

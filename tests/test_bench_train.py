@@ -156,7 +156,7 @@ def test_cost(tmp_path):
     path.write_text(json.dumps(report))
     base, huge = (run(tmp_path, "--cost", "200", str(path), "--stage", "pretrain")["cost"][i] for i in (0, 2))
     assert base["images/s, 1 GPU"] == "4000 (measured)" and base["hours, 8 GPUs"].endswith("(estimated)")
-    assert base["hours, 1 GPU"] == f"{1600 * 1_281_167 / 4000 / 3600:.0f} (measured)"
+    assert base["hours, 1 GPU"] == f"{1600 * 1_281_167 / 4000 / 3600:.0f} (estimated)"
     hours = 800 * 1_281_167 * bench_train.flops("huge", "pretrain") / 200e12 / 3600
     assert (
         huge["hours, 1 GPU"] == f"{hours:.0f} (estimated)" and huge["hours, 8 GPUs"] == f"{hours / 8:.1f} (estimated)"

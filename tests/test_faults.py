@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from test_scripts import ROOT, TINY, classify, in_empty_folder, load, log, make_folder, pretrain, same, script  # noqa: F401
 
+import finetune
 import train
 
 SMALL = ["--image-size", 16, "--patch-size", 4, "--batch-size", 4]
@@ -137,6 +138,9 @@ def test_images_of_every_kind_come_out_right(tmp_path):
         mode = "L" if want.ndim == 2 else "RGB"
         got = np.asarray(train.plain(Image.open(tmp_path / name), mode)).astype(int)
         assert abs(got - want).max() <= (12 if name.endswith("jpg") else 1), name
+    big_endian = b"P5 16 8 65535\n" + (ramp.astype(">u2") * 257).tobytes()  # Pillow says "I", 32 bits, of these
+    (tmp_path / "16-bit.pgm").write_bytes(big_endian)
+    assert abs(np.asarray(train.plain(train.open_upright(tmp_path / "16-bit.pgm"), "L")).astype(int) - ramp).max() <= 1
     for mode in ("F", "I"):
         with pytest.raises(ValueError, match="32-bit pixels, whose range is not known: convert it"):
             train.plain(Image.new(mode, (8, 8)), "L")
@@ -288,6 +292,45 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(capsys):
     assert same(load("run/last.pt")["model"], whole["model"])
 
 
+@pytest.mark.parametrize("last", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("enforce fail")])
+def test_the_disks_own_words_are_said(last, monkeypatch):
+    """Torch's own error may come before the disk's or after it, by how full the disk is."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    first = RuntimeError("enforce fail") if isinstance(last, OSError) else full
+
+    def save(*_):
+        try:
+            raise first
+        except Exception:
+            raise last  # noqa: B904
+
+    monkeypatch.setattr(torch, "save", save)
+    assert f"cannot save step 6 ({full})" in says(lambda: pretrain("--output-dir", "run"))
+
+
+def test_a_folder_that_takes_no_checkpoint_is_refused_at_the_start(monkeypatch):
+    def touch(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", touch)
+    assert "Permission denied: 'run/last.pt.tmp'" in says(lambda: pretrain("--output-dir", "run"))
+    assert not Path("run/log.jsonl").read_text()
+
+
+def test_processes_end_after_an_error_in_evaluation(monkeypatch):
+    monkeypatch.setattr(train.Seeded, "read", mock.Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    data = train.Seeded([0] * 8, train.to_tensor("L"), 0, exact=True)
+    args = finetune.finetuning_arguments(["--from-scratch", "--batch-size", "2", "--num-workers", "1"])[0]
+    with pytest.raises(OSError, match="Input/output error"):
+        list(finetune.outputs(torch.nn.Identity(), data, range(8), args, torch.device("cpu")))
+    assert not multiprocessing.active_children()
+
+
+def test_a_stop_outside_training_is_one_word():
+    with pytest.raises(SystemExit, match="^stopped$"):
+        train.run_script(mock.Mock(side_effect=KeyboardInterrupt))
+
+
 @posix
 def test_a_full_disk_never_costs_a_checkpoint():
     import resource
@@ -302,7 +345,7 @@ def test_a_full_disk_never_costs_a_checkpoint():
         message = says(lambda: pretrain(*flags))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "cannot save step 4 (" in message and "older checkpoints are intact" in message
+    assert "cannot save step 4 ([Errno 27] File too large); older checkpoints are intact" in message
     assert Path("run/last.pt").read_bytes() == kept and not Path("run/last.pt.tmp").exists()
 
 
