@@ -249,6 +249,8 @@ def open_upright(path: str) -> Image.Image:
 
 def plain(image: Image.Image, mode: str) -> Image.Image:
     """Any kind of image as 8-bit "L" or "RGB": 16 bits are scaled down, what is transparent shows white."""
+    if max(image.size) > 100 * min(image.size):  # resized for evaluation, it would fill the memory
+        raise ValueError(f"{image.width}x{image.height} pixels, a line and no image: remove it")
     if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):  # these have 16 bits at most
         raise ValueError("32-bit pixels, whose range is not known: convert it to 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -310,7 +312,8 @@ class Seeded(Dataset):
             image, label = self.data[index]
             return plain(image, self.data.mode), label
         except Exception as error:  # whatever a decoder may raise, but not what memory or storage do
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT):
+            number = getattr(error, "errno", None)
+            if isinstance(error, MemoryError) or number not in (None, errno.ENOENT, errno.EACCES):
                 raise
             if not os.path.exists(root := getattr(self.data, "root", ".")):
                 raise ValueError(f"the data folder {root} has vanished: bring it back, and --resume") from None
@@ -663,7 +666,7 @@ def fit(args, run: Run, model, loss_of, data: Seeded, optimizer, config: dict, e
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf).item()
             loss = sum_over_processes(loss.item()).item() / PROCESSES  # a number first: MPS has no fp64
             if not math.isfinite(loss + norm):
-                raise FloatingPointError(f"step {step}: loss {loss}, norm {norm}, lr {lr:.3g}; lower --base-lr")
+                raise FloatingPointError(f"step {step + 1}: loss {loss}, norm {norm}, lr {lr:.3g}; lower --base-lr")
             optimizer.step()
             optimizer.zero_grad()
             if ema:

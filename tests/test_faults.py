@@ -141,6 +141,9 @@ def test_images_of_every_kind_come_out_right(tmp_path):
     big_endian = b"P5 16 8 65535\n" + (ramp.astype(">u2") * 257).tobytes()  # Pillow says "I", 32 bits, of these
     (tmp_path / "16-bit.pgm").write_bytes(big_endian)
     assert abs(np.asarray(train.plain(train.open_upright(tmp_path / "16-bit.pgm"), "L")).astype(int) - ramp).max() <= 1
+    with pytest.raises(ValueError, match="2000x1 pixels, a line and no image"):
+        train.plain(Image.new("L", (2000, 1)), "L")
+    assert train.plain(Image.new("L", (1, 1)), "RGB").size == (1, 1)
     for mode in ("F", "I"):
         with pytest.raises(ValueError, match="32-bit pixels, whose range is not known: convert it"):
             train.plain(Image.new(mode, (8, 8)), "L")
@@ -389,6 +392,12 @@ def test_storage_that_fails_is_no_broken_image(monkeypatch):
 
     monkeypatch.setattr(train.Digits, "__getitem__", read)
     assert "Input/output error" in says(lambda: pretrain("--num-workers", 0, "--output-dir", "run"))
+
+
+def test_a_file_that_must_not_be_read_is_a_broken_image():
+    data = mock.MagicMock(mode="L", root=".", samples=[("secret.png", 0)], __len__=lambda self: 1)
+    data.__getitem__.side_effect = PermissionError(errno.EACCES, "Permission denied")
+    assert train.Seeded(data, train.to_tensor("L"), 0, exact=True)[0][1] == -1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
