@@ -1038,7 +1038,8 @@ def load_official(checkpoint, *, pool="mean", image_size=None, grid=None, weight
         except OSError:
             raise
         except Exception as error:  # whatever reading something else may raise
-            raise ValueError(f"not a checkpoint that can be read and trusted: {error}") from error
+            reason = str(error).partition(". ")[0]  # torch goes on to advise trust
+            raise ValueError(f"not a checkpoint that can be read and trusted: {reason}") from error
     _require(isinstance(checkpoint, dict), f"not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict")
     found = [key for key in ("model", "model_ema") if checkpoint.get(key) is not None]
     there = ", ".join(found) or "bare weights"
