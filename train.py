@@ -236,7 +236,7 @@ def load_images(args: argparse.Namespace, train: bool) -> Dataset:
     for i in range(0, len(data), -(-len(data) // 100)):
         with suppress(Exception):  # broken images are dealt with when they are used
             modes.add(data[i][0].mode)
-    data.mode = "L" if modes and modes <= {"1", "L", "LA", "I;16", "I;16B"} else "RGB"
+    data.mode = "L" if modes and modes <= {"1", "L", "LA", "I", "I;16", "I;16B"} else "RGB"
     return data
 
 

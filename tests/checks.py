@@ -888,10 +888,8 @@ def balanced(my_balanced) -> None:
     random.Random(0).shuffle(targets)
     for number in (4, 8, 10, 15):
         before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
-        mine, case = (
-            list(map(int, my_balanced(list(targets), number, 3))),
-            f"{number} of {len(targets)} images in 4 classes",
-        )
+        mine = list(map(int, my_balanced(list(targets), number, 3)))
+        case = f"{number} of {len(targets)} images in 4 classes"
         after = random.getstate(), repr(np.random.get_state())
         untouched = torch.get_rng_state().equal(before[0]) and after == before[1:]
         assert untouched, "a global random state was used or set: make a generator of your own"

@@ -139,7 +139,11 @@ def test_images_of_every_kind_come_out_right(tmp_path):
         got = np.asarray(train.plain(Image.open(tmp_path / name), mode)).astype(int)
         assert abs(got - want).max() <= (12 if name.endswith("jpg") else 1), name
     big_endian = b"P5 16 8 65535\n" + (ramp.astype(">u2") * 257).tobytes()  # Pillow says "I", 32 bits, of these
-    (tmp_path / "16-bit.pgm").write_bytes(big_endian)
+    (tmp_path / "only/x").mkdir(parents=True)
+    for path in (tmp_path / "16-bit.pgm", tmp_path / "only/x/16-bit.pgm"):
+        path.write_bytes(big_endian)
+    args = train.pretraining_arguments(["--data", str(tmp_path / "only")])
+    assert train.load_images(args, train=True).mode == "L"
     assert abs(np.asarray(train.plain(train.open_upright(tmp_path / "16-bit.pgm"), "L")).astype(int) - ramp).max() <= 1
     with pytest.raises(ValueError, match="2000x1 pixels, a line and no image"):
         train.plain(Image.new("L", (2000, 1)), "L")
@@ -392,6 +396,15 @@ def test_storage_that_fails_is_no_broken_image(monkeypatch):
 
     monkeypatch.setattr(train.Digits, "__getitem__", read)
     assert "Input/output error" in says(lambda: pretrain("--num-workers", 0, "--output-dir", "run"))
+
+
+def test_one_broken_image_of_few_does_not_stop_a_run():
+    data = mock.MagicMock(mode="L", root=".", samples=[("a.png", 0), ("b.png", 1)], __len__=lambda self: 2)
+    data.__getitem__.side_effect = lambda i: (Image.new("L", (8, 8)), 1) if i else 1 / 0
+    assert train.Seeded(data, train.to_tensor("L"), 0)[0, 0][1] == 1
+    data.__getitem__.side_effect = ZeroDivisionError
+    with pytest.raises(ValueError, match="2 of 2 images are broken, more than 5 %"):
+        train.Seeded(data, train.to_tensor("L"), 0)[0, 0]
 
 
 def test_a_file_that_must_not_be_read_is_a_broken_image():
